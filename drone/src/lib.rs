@@ -1,1 +1,39 @@
-//! x
+//! The Holdfast drone: runs backends on one machine, renews their keys, and ends them on the deadline.
+//!
+//! ```text
+//!                    ┌──────────────────────── holdfast-drone ───────────────────────────┐
+//!   controllers ◀──▶ │ session ◀──▶ agent ──Want──▶ runtime ──Update──▶ guard (a process) │ ──▶ backend
+//!    WebSocket       │  discovery    │  ▲◀──Fact────┘   ◀──────Report─────┘               │
+//!                    │               ▼  │                                                 │
+//!                    │   pure: lease, life, outbox, admission        clock: CLOCK_BOOTTIME│
+//!                    └────────────────────────────────────────────────────────────────────┘
+//! ```
+//!
+//! [`agent`] owns all state and asks the pure parts; [`session`] and [`runtime`] are thin IO around it.
+//!
+//! Invariants (numbers in brackets are those of the design):
+//!
+//! 1. A backend runs only before the `hard_terminate_at` of the latest deadlines granted for its key and token. Drone
+//!    *and* guard enforce it, on `CLOCK_BOOTTIME`, so that it holds while the drone is dead or stopped, and through a
+//!    suspension of the machine (1).
+//! 2. Deadlines come from the moment a request was *made*, never from when its answer came; they never go back (1, 4).
+//! 3. A backend id is started at most once, and not after its `soft_terminate_at`, and not by deadlines of an earlier
+//!    process's time (1).
+//! 4. `terminated` is reported only when nothing of the backend is left, since it frees the key at once (1).
+//! 5. Every state is reported in order and again until it is acknowledged.
+//! 6. Every queue, log, map and wait has a named bound (7).
+
+pub mod admission;
+pub mod agent;
+pub mod clock;
+pub mod config;
+pub mod data_dir;
+pub mod discovery;
+pub mod guard;
+pub mod lease;
+pub mod life;
+pub mod outbox;
+pub mod ports;
+pub mod readiness;
+pub mod runtime;
+pub mod session;

@@ -1,2 +1,117 @@
-//! x
-fn main() {}
+//! `holdfast-drone`: see the library.
+
+use clap::Parser;
+use holdfast_drone::agent::{Agent, INPUTS_MAX, Input};
+use holdfast_drone::clock::DroneClock;
+use holdfast_drone::config::{Config, Flags};
+use holdfast_drone::data_dir::DataDir;
+use holdfast_drone::discovery::Discovery;
+use holdfast_drone::guard::{self, GUARD_ARGUMENT};
+use holdfast_drone::runtime::process::ProcessRuntime;
+use holdfast_drone::session::{Identity, Session, random_incarnation};
+use std::io;
+use std::process::ExitCode;
+use std::sync::Arc;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+use tracing_subscriber::EnvFilter;
+
+/// Something failed while it ran.
+const EXIT_FAILED: u8 = 1;
+/// Wrong use.
+const EXIT_USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    // Before anything else: a guard stays small, and has one thread.
+    if std::env::args_os().nth(1).is_some_and(|argument| argument == GUARD_ARGUMENT) {
+        return guard::main();
+    }
+    // The clock starts here: the only reading of the wall clock.
+    let clock = DroneClock::start();
+    let config = match Config::load(Flags::parse()) {
+        Ok(config) => config,
+        Err(e) => return usage(&e),
+    };
+    let filter = match &config.log {
+        Some(filter) => match EnvFilter::try_new(filter) {
+            Ok(filter) => filter,
+            Err(e) => return usage(&format!("--log {e}")),
+        },
+        None => EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info")),
+    };
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).init();
+    let data_dir = match DataDir::open(&config.data_dir) {
+        Ok(data_dir) => data_dir,
+        Err(e) => return usage(&e),
+    };
+    // What a killed guard leaves comes to us, and can be reaped: it is gone only then.
+    if let Err(e) = nix::sys::prctl::set_child_subreaper(true) {
+        warn!("cannot become a child subreaper: {e}");
+    }
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(e) => {
+            error!("cannot start: {e}");
+            return ExitCode::from(EXIT_FAILED);
+        }
+    };
+    match runtime.block_on(run(config, clock, data_dir)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            error!("{e}");
+            ExitCode::from(EXIT_FAILED)
+        }
+    }
+}
+
+fn usage(problem: &dyn std::fmt::Display) -> ExitCode {
+    eprintln!("holdfast-drone: {problem}");
+    ExitCode::from(EXIT_USAGE)
+}
+
+async fn run(
+    config: Config,
+    clock: DroneClock,
+    data_dir: DataDir,
+) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    let identity = Identity {
+        name: config.name,
+        cluster: config.cluster,
+        pool: config.pool,
+        incarnation: random_incarnation(),
+    };
+    info!(name = identity.name, incarnation = identity.incarnation, "drone starts");
+    let (inputs, waiting) = mpsc::channel(INPUTS_MAX);
+    let backends = Arc::new(ProcessRuntime::new(clock, data_dir.backends()));
+    let agent = Agent::new(clock, data_dir, backends, config.ip, inputs.clone())?;
+    let session = Session::new(identity, clock, Discovery::new(config.controllers)?, inputs.clone());
+    let stop = CancellationToken::new();
+    let session = tokio::spawn(session.run(stop.clone()));
+    let signals = tokio::spawn(pass_on_signals(inputs)?);
+    let result = agent.run(waiting).await;
+    signals.abort();
+    stop.cancel();
+    // Closes the socket, so that the controllers need not find out.
+    session.await?;
+    info!("drone ends");
+    Ok(result?)
+}
+
+/// Tells the agent of SIGTERM and SIGINT.
+fn pass_on_signals(inputs: mpsc::Sender<Input>) -> io::Result<impl Future<Output = ()>> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    Ok(async move {
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            if inputs.send(Input::Stop).await.is_err() {
+                return;
+            }
+        }
+    })
+}

@@ -1,0 +1,371 @@
+//! The binary against a controller that answers as the test says: exit codes, what is on stdout and what is not.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a panic is a failed test")]
+
+#[path = "../../client/tests/fake/mod.rs"]
+mod fake;
+
+use fake::{CONNECTED, Fake, json, nobody, refusal, sse};
+use holdfast_client::wire::ApiErrorKind;
+use serde_json::{Value, json as value};
+use std::io::Write;
+use std::process::{Output, Stdio};
+use std::time::Duration;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::Command;
+use tokio::time::timeout;
+
+/// No step of a test takes longer, unless it hangs.
+const STEP_MAX: Duration = Duration::from_secs(20);
+
+fn command(url: &str, args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_holdfast"));
+    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("HOLDFAST_")) {
+        command.env_remove(name);
+    }
+    command.env("HOLDFAST_CONTROLLER", url).args(args).stdin(Stdio::null()).kill_on_drop(true);
+    command
+}
+
+async fn run(url: &str, args: &[&str]) -> Output {
+    timeout(STEP_MAX, command(url, args).output()).await.expect("it hangs").unwrap()
+}
+
+fn stdout(output: &Output) -> &str {
+    std::str::from_utf8(&output.stdout).unwrap()
+}
+
+fn stderr(output: &Output) -> &str {
+    std::str::from_utf8(&output.stderr).unwrap()
+}
+
+/// Exit code, and that failure says something on stderr and nothing on stdout.
+fn assert_fails(output: &Output, code: i32, word: &str) {
+    assert_eq!(output.status.code(), Some(code), "{output:?}");
+    assert!(stderr(output).contains(word), "{output:?}");
+    assert_eq!(stdout(output), "", "{output:?}");
+}
+
+const KEY: &str = r#"{"name":"room","namespace":"n","tag":"","backend":"ba-1","drone":"dr-a","token":7,
+    "allow_renew":true,"acquired_at":1000,"expires_at":61000,"expires_in_ms":42000}"#;
+const BACKEND: &str = r#"{"id":"ba-1","key":{"name":"room","namespace":"n","tag":""},"cluster":"localhost:7100",
+    "drone":"dr-a","status":"ready","address":"127.0.0.1:4000","fencing_token":7,"created_at":1000,"status_at":2000}"#;
+
+#[tokio::test]
+async fn exit_codes_are_the_contracts() {
+    let refusing = Fake::start(|_, _| refusal(ApiErrorKind::KeyHeld)).await;
+    let connect = ["connect", "--key", "k", "--tag", "t", "--", "sleep", "1"];
+    assert_fails(&run(&refusing.url, &connect).await, 1, "this is KeyHeld (KeyHeld)");
+    assert_fails(&run(&refusing.url, &[&connect[..], &["--json"]].concat()[..]).await, 1, "KeyHeld");
+    for wrong in [
+        &["connect"][..],
+        &["connect", "--key"],
+        &["keys", "list", "--limit", "x"],
+        &["backends", "logs", "../x", "--data-dir", "/"],
+        &["--controller", "https://x", "keys", "list"],
+        &["--config", "/no/such/file", "keys", "list"],
+        &["dev", "--controllers", "0"],
+        &["dev", "--base-port", "65535"],
+        &["no-such-command"],
+        &[],
+    ] {
+        let output = run(&refusing.url, wrong).await;
+        assert_eq!(output.status.code(), Some(2), "{wrong:?} {output:?}");
+        assert_eq!(stdout(&output), "", "{wrong:?}");
+    }
+    assert_fails(&run(&nobody().await, &["keys", "list"]).await, 3, "no controller could be reached");
+    for fine in ["--help", "--version"] {
+        assert_eq!(run(&refusing.url, &[fine]).await.status.code(), Some(0));
+    }
+}
+
+#[tokio::test]
+async fn listings_are_tables_for_people_and_arrays_for_programs() {
+    let controller = Fake::start(|_, asked| {
+        json(&match asked.line.split(['?', ' ']).nth(1).unwrap() {
+            "/ctrl/keys" => format!(r#"{{"keys":[{KEY}]}}"#),
+            "/ctrl/backends" => format!(r#"{{"backends":[{BACKEND}]}}"#),
+            "/ctrl/drones" => r#"{"drones":[{"id":1,"name":"dr-a","cluster":"c","pool":"","ready":true,
+                "draining":false,"backend_count":3,"last_heartbeat_age_ms":1200,"version":"0.1.0"}]}"#
+                .to_owned(),
+            _ => r#"{"cluster_id":"c","leader":1,"term":2,"cluster_time":43000,"members":[],
+                "checksum":{"index":1,"value":2},"lease":null}"#
+                .to_owned(),
+        })
+    })
+    .await;
+    let keys = run(&controller.url, &["keys", "list"]).await;
+    assert_eq!(
+        stdout(&keys),
+        "NAMESPACE  NAME  BACKEND  DRONE  TOKEN  RENEWS  EXPIRES IN\n\
+         n          room  ba-1     dr-a       7  yes            42s\n"
+    );
+    let backends = run(&controller.url, &["backends", "list"]).await;
+    assert_eq!(
+        stdout(&backends),
+        "ID    KEY     DRONE  STATUS  ADDRESS         TOKEN  AGE\n\
+         ba-1  n/room  dr-a   ready   127.0.0.1:4000      7  42s\n"
+    );
+    let drones = run(&controller.url, &["drones", "list"]).await;
+    assert_eq!(
+        stdout(&drones),
+        "NAME  CLUSTER  STATE  BACKENDS   HEARD  VERSION\n\
+         dr-a  c        ready         3  1s ago  0.1.0\n"
+    );
+    for (args, id) in [(["keys", "list"], "name"), (["backends", "list"], "id"), (["drones", "list"], "name")]
+    {
+        let output = run(&controller.url, &[&args[..], &["--json"]].concat()).await;
+        let rows: Value = serde_json::from_str(stdout(&output)).unwrap();
+        assert!(rows[0][id].is_string(), "{rows}");
+        assert_eq!(stderr(&output), "");
+    }
+    let shown = run(&controller.url, &["backends", "show", "ba-1", "--json"]).await;
+    assert_eq!(serde_json::from_str::<Value>(stdout(&shown)).unwrap()["fencing_token"], 7);
+    assert_fails(&run(&controller.url, &["backends", "show", "ba"]).await, 1, "there is no backend ba");
+}
+
+#[tokio::test]
+async fn an_empty_listing_says_so_to_people_and_is_an_empty_array_to_programs() {
+    let controller = Fake::start(|_, _| json(r#"{"keys":[],"backends":[],"drones":[]}"#)).await;
+    for (what, text) in [("keys", "no keys held\n"), ("backends", "no backends\n"), ("drones", "no drones\n")]
+    {
+        assert_eq!(stdout(&run(&controller.url, &[what, "list"]).await), text);
+        assert_eq!(stdout(&run(&controller.url, &[what, "list", "--json"]).await), "[]\n");
+    }
+}
+
+#[tokio::test]
+async fn a_limit_is_kept_and_the_rest_is_mentioned() {
+    let controller =
+        Fake::start(|number, _| json(&format!(r#"{{"keys":[{KEY},{KEY}],"next_cursor":"c{number}"}}"#)))
+            .await;
+    let output = run(&controller.url, &["keys", "list", "--json", "--limit", "3"]).await;
+    assert_eq!(serde_json::from_str::<Value>(stdout(&output)).unwrap().as_array().unwrap().len(), 3);
+    assert!(stderr(&output).contains("only the first 3"), "{output:?}");
+    assert_eq!(controller.lines(), ["GET /ctrl/keys?limit=4", "GET /ctrl/keys?limit=4&cursor=c0"]);
+}
+
+#[tokio::test]
+async fn key_commands_reach_their_paths() {
+    let controller = Fake::start(|number, _| json(if number == 0 { KEY } else { "null" })).await;
+    let shown = run(&controller.url, &["keys", "show", "room", "--namespace", "n", "--json"]).await;
+    assert_eq!(serde_json::from_str::<Value>(stdout(&shown)).unwrap()["token"], 7);
+    for verb in ["prevent-renewal", "allow-renewal", "revoke"] {
+        let output = run(&controller.url, &["keys", verb, "room", "--namespace", "n"]).await;
+        assert!(output.status.success() && stdout(&output).starts_with("n/room "), "{output:?}");
+    }
+    assert_eq!(
+        controller.lines(),
+        [
+            "GET /ctrl/key?name=room&namespace=n",
+            "POST /ctrl/key/prevent-renewal",
+            "POST /ctrl/key/allow-renewal",
+            "DELETE /ctrl/key?name=room&namespace=n",
+        ]
+    );
+    assert_eq!(
+        serde_json::from_str::<Value>(&controller.asked()[1].body).unwrap(),
+        value!({"name": "room", "namespace": "n"})
+    );
+}
+
+#[tokio::test]
+async fn backends_and_drones_are_ended_and_drained_by_name() {
+    let controller = Fake::start(|_, asked| {
+        json(match asked.line.as_str() {
+            line if line.starts_with("GET /ctrl/drones") => {
+                r#"{"drones":[{"id":1,"name":"dr-a","cluster":"localhost:7100","pool":"","ready":true,
+                "draining":false,"backend_count":3,"version":"0.1.0"}]}"#
+            }
+            line if line.ends_with("/drain") => r#"{"updated":true}"#,
+            _ => "null",
+        })
+    })
+    .await;
+    assert!(run(&controller.url, &["backends", "terminate", "ba-1"]).await.status.success());
+    assert!(run(&controller.url, &["backends", "terminate", "ba-1", "--hard"]).await.status.success());
+    let drained = run(&controller.url, &["drones", "drain", "dr-a", "--json"]).await;
+    assert_eq!(serde_json::from_str::<Value>(stdout(&drained)).unwrap(), value!({"updated": true}));
+    assert_fails(&run(&controller.url, &["drones", "drain", "dr-z"]).await, 1, "there is no drone dr-z");
+    let posts: Vec<_> = controller.lines().into_iter().filter(|line| line.starts_with("POST")).collect();
+    assert_eq!(
+        posts,
+        [
+            "POST /ctrl/b/ba-1/soft-terminate",
+            "POST /ctrl/b/ba-1/hard-terminate",
+            "POST /ctrl/c/localhost:7100/d/dr-a/drain",
+        ]
+    );
+}
+
+/// A controller with one backend whose statuses are `statuses`.
+async fn one_backend(statuses: &'static [&'static str]) -> Fake {
+    Fake::start(move |_, asked| match asked.line.split(['?', ' ']).nth(1).unwrap() {
+        "/ctrl/connect" => json(CONNECTED),
+        "/pub/b/ba-1/status-stream" => {
+            let event =
+                |status: &&str| format!("id: {status}\ndata: {{\"status\":\"{status}\",\"time\":1}}\n\n");
+            sse(&statuses.iter().map(event).collect::<String>())
+        }
+        "/ctrl/backends" => json(&format!(r#"{{"backends":[{BACKEND}]}}"#)),
+        _ => refusal(ApiErrorKind::NotFound),
+    })
+    .await
+}
+
+#[tokio::test]
+async fn connect_prints_what_was_got() {
+    let controller = one_backend(&[]).await;
+    let connect = ["connect", "--key", "k", "--", "server"];
+    let text = run(&controller.url, &connect).await;
+    for line in [
+        "backend        ba-1",
+        "spawned        yes",
+        "fencing token  7",
+        "token          to-1",
+        "key            k",
+    ] {
+        assert!(stdout(&text).lines().any(|l| l == line), "{line:?} is missing:\n{}", stdout(&text));
+    }
+    let output = run(&controller.url, &["connect", "--key", "k", "--json", "--", "server"]).await;
+    let response: Value = serde_json::from_str(stdout(&output)).unwrap();
+    assert_eq!((&response["fencing_token"], &response["address"]), (&value!(7), &Value::Null));
+    let asked: Value = serde_json::from_str(&controller.asked()[0].body).unwrap();
+    assert_eq!(asked["spawn_config"]["executable"], value!({"command": ["server"], "env": {}}));
+}
+
+#[tokio::test]
+async fn connect_waits_until_ready_and_prints_the_address() {
+    let controller = one_backend(&["scheduled", "starting", "ready"]).await;
+    let text = run(&controller.url, &["connect", "--key", "k", "--wait", "--", "server"]).await;
+    assert!(text.status.success(), "{text:?}");
+    assert!(stdout(&text).ends_with("\naddress        127.0.0.1:4000\n"), "{text:?}");
+    let states: Vec<_> = stderr(&text).lines().filter_map(|l| l.split_whitespace().last()).collect();
+    assert_eq!(states, ["scheduled", "starting", "ready"]);
+    let output = run(&controller.url, &["connect", "--key", "k", "--wait", "--json", "--", "server"]).await;
+    let response: Value = serde_json::from_str(stdout(&output)).unwrap();
+    assert_eq!((&response["status"], &response["address"]), (&value!("ready"), &value!("127.0.0.1:4000")));
+}
+
+#[tokio::test]
+async fn connect_that_waits_in_vain_fails() {
+    let connect = ["connect", "--key", "k", "--wait", "--wait-timeout", "300ms", "--json", "--", "server"];
+    let ended = one_backend(&["scheduled", "terminated"]).await;
+    let output = run(&ended.url, &connect).await;
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("ba-1 ended before it was ready"), "{output:?}");
+    assert_eq!(serde_json::from_str::<Value>(stdout(&output)).unwrap()["status"], "terminated");
+    let slow = one_backend(&["scheduled", "loading"]).await;
+    let output = run(&slow.url, &connect).await;
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("not ready after 300ms; it is loading"), "{output:?}");
+}
+
+#[tokio::test]
+async fn cluster_status_asks_each_controller_how_far_it_is() {
+    let member = Fake::start(|_, _| {
+        json(r#"{"cluster_id":"cl-1","leader":1,"term":2,"cluster_time":1000,"checksum":{"index":8,"value":255},
+            "lease":{"renew_ms":30000,"soft_terminate_ms":40000,"hard_terminate_ms":50000,"expiry_ms":60000},
+            "members":[{"id":2,"url":null,"peer_addr":"p:2","role":"follower","last_log":9,"applied":8,"lag":null}]}"#)
+    })
+    .await;
+    let (member_url, gone_url) = (member.url.clone(), nobody().await);
+    let leader = Fake::start(move |_, _| {
+        json(&format!(
+            r#"{{"cluster_id":"cl-1","leader":1,"term":2,"cluster_time":1000,"checksum":{{"index":8,"value":255}},
+            "lease":{{"renew_ms":30000,"soft_terminate_ms":40000,"hard_terminate_ms":50000,"expiry_ms":60000}},
+            "members":[
+              {{"id":1,"url":null,"peer_addr":"p:1","role":"leader","last_log":9,"applied":9,"lag":null}},
+              {{"id":2,"url":"{member_url}","peer_addr":"p:2","role":"follower","last_log":null,"applied":null,"lag":null}},
+              {{"id":3,"url":"{gone_url}","peer_addr":"p:3","role":"follower","last_log":null,"applied":null,"lag":null}}]}}"#
+        ))
+    })
+    .await;
+    let output = run(&leader.url, &["cluster", "status", "--json"]).await;
+    let info: Value = serde_json::from_str(stdout(&output)).unwrap();
+    let lags: Vec<_> = info["members"].as_array().unwrap().iter().map(|m| m["lag"].as_u64()).collect();
+    assert_eq!(lags, [Some(0), Some(1), None]);
+    assert_eq!(member.lines(), ["GET /ctrl/cluster?consistency=local"]);
+    let text = run(&leader.url, &["cluster", "status"]).await;
+    assert!(stdout(&text).contains("lease         renew=30s,soft=40s,hard=50s,expiry=60s"), "{text:?}");
+    assert!(stdout(&text).lines().last().unwrap().ends_with("-    -  no"), "{text:?}");
+}
+
+#[tokio::test]
+async fn logs_are_read_from_disk_and_followed_to_the_backends_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("drone-1/backends/ba-1/output.log");
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    std::fs::write(&path, "one\n").unwrap();
+    let data_dir = dir.path().to_str().unwrap();
+    // Nobody can say that it ends: it is followed until its file is gone.
+    let nobody = nobody().await;
+    let logs = ["backends", "logs", "ba-1", "--data-dir", data_dir];
+    assert_eq!(stdout(&run(&nobody, &logs).await), "one\n");
+    let mut follow =
+        command(&nobody, &[&logs[..], &["--follow"]].concat()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(follow.stdout.take().unwrap()).lines();
+    assert_eq!(timeout(STEP_MAX, lines.next_line()).await.unwrap().unwrap().as_deref(), Some("one"));
+    let mut file = std::fs::OpenOptions::new().append(true).open(&path).unwrap();
+    file.write_all(b"two\n").unwrap();
+    assert_eq!(timeout(STEP_MAX, lines.next_line()).await.unwrap().unwrap().as_deref(), Some("two"));
+    std::fs::remove_file(&path).unwrap();
+    assert!(timeout(STEP_MAX, follow.wait()).await.expect("it hangs").unwrap().success());
+    // The service says that it has ended.
+    std::fs::write(&path, "all\n").unwrap();
+    let ended = one_backend(&["scheduled", "terminated"]).await;
+    assert_eq!(stdout(&run(&ended.url, &[&logs[..], &["-f"]].concat()).await), "all\n");
+    // Elsewhere.
+    let elsewhere = run(&ended.url, &["backends", "logs", "ba-1", "--data-dir", "/no/such"]).await;
+    assert_fails(&elsewhere, 1, "ba-1 is not under /no/such. It runs, or ran, on drone dr-a.");
+}
+
+#[tokio::test]
+async fn a_reader_that_goes_away_is_no_error() {
+    let controller = Fake::start(|_, _| json(&format!(r#"{{"keys":[{KEY}]}}"#))).await;
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = command(&controller.url, &["keys", "list"])
+        .stdout(writer)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+        .wait_with_output()
+        .await
+        .unwrap();
+    assert_eq!((output.status.code(), stderr(&output)), (Some(0), ""));
+}
+
+#[tokio::test]
+async fn settings_come_from_the_line_then_the_environment_then_the_file() {
+    let (first, second, third) = (
+        Fake::start(|_, _| json(r#"{"keys":[]}"#)).await,
+        Fake::start(|_, _| json(r#"{"keys":[]}"#)).await,
+        Fake::start(|_, _| json(r#"{"keys":[]}"#)).await,
+    );
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(
+        &file,
+        format!("controller = \"{}\"\njson = true\n[keys.list]\nprefix = \"p\"", third.url),
+    )
+    .unwrap();
+    let config = file.path().to_str().unwrap();
+    run(&second.url, &["keys", "list", "--config", config, "--controller", &first.url]).await;
+    let mut from_env = command(&second.url, &["keys", "list"]);
+    from_env.env("HOLDFAST_CONFIG", config).env("HOLDFAST_KEYS_LIST_PREFIX", "e");
+    from_env.output().await.unwrap();
+    let mut from_file = command("", &["--config", config, "keys", "list"]);
+    let output = from_file.env_remove("HOLDFAST_CONTROLLER").output().await.unwrap();
+    assert_eq!(stdout(&output), "[]\n");
+    assert_eq!(first.lines(), ["GET /ctrl/keys?prefix=p&limit=1000"]);
+    assert_eq!(second.lines(), ["GET /ctrl/keys?prefix=e&limit=1000"]);
+    assert_eq!(third.lines(), ["GET /ctrl/keys?prefix=p&limit=1000"]);
+}
+
+#[tokio::test]
+async fn completions_know_the_commands() {
+    for shell in ["bash", "zsh", "fish"] {
+        let output = run("http://none", &["completions", shell]).await;
+        assert!(stdout(&output).contains("prevent-renewal"), "{shell}");
+    }
+}

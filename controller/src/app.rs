@@ -1,0 +1,179 @@
+//! What every request and session shares.
+
+use crate::config::Settings;
+use crate::http::args::Consistency;
+use crate::http::error::Failure;
+use crate::hub::Hub;
+use crate::schedule::DroneCache;
+use crate::session::heartbeats;
+use crate::session::registry::Registry;
+use holdfast_core::command::{Command, HeartbeatItem, Idempotency, Proposal};
+use holdfast_wire::ApiErrorKind;
+use raft_store::{Answer, ProposeError, ReadPoint, Store};
+use std::ops::Deref;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit, mpsc};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// How long a request's proposal may take before it is answered with `NoLeader` or `OutcomeUnknown`.
+pub const PROPOSE_DEADLINE: Duration = Duration::from_secs(5);
+/// How long a linearizable read may take before it is answered with `NoLeader`.
+pub const READ_DEADLINE: Duration = Duration::from_secs(5);
+/// Most connects that wait for a key's release.
+const WAITING_CONNECTS_MAX: usize = 10_000;
+/// Most status streams.
+const STREAMS_MAX: usize = 10_000;
+/// Most drone sockets.
+const SOCKETS_MAX: usize = 10_000;
+
+/// Shared by all requests and sessions. Cloning it is cheap.
+#[derive(Clone)]
+pub struct App(Arc<Shared>);
+
+/// See [`App`].
+pub struct Shared {
+    /// The replica.
+    pub store: Store,
+    /// What this controller runs with.
+    pub settings: Settings,
+    /// Wakes waiters.
+    pub hub: Arc<Hub>,
+    /// Drones that may take a backend.
+    pub drones: DroneCache,
+    /// Drone sockets of this controller.
+    pub sessions: Registry,
+    /// To the batcher.
+    pub heartbeats: mpsc::Sender<HeartbeatItem>,
+    /// Cancelled when this controller stops: streams, waiters and sockets end.
+    pub stopping: CancellationToken,
+    /// Background tasks and drone sessions.
+    pub tasks: TaskTracker,
+    waiting_connects: Semaphore,
+    /// Arc: a stream or session outlives the handler that opened it.
+    streams: Arc<Semaphore>,
+    sockets: Arc<Semaphore>,
+    token_secret: OnceLock<[u8; 32]>,
+    /// Since when every proposal has failed for want of a leader.
+    failing_since: Mutex<Option<Instant>>,
+}
+
+impl Deref for App {
+    type Target = Shared;
+
+    fn deref(&self) -> &Shared {
+        &self.0
+    }
+}
+
+impl App {
+    /// Starts the shared tasks. They end when `stopping` is cancelled.
+    pub fn start(store: Store, settings: Settings, stopping: CancellationToken) -> Self {
+        let (heartbeats, items) = mpsc::channel(heartbeats::QUEUE_MAX);
+        let app = Self(Arc::new(Shared {
+            store,
+            settings,
+            hub: Arc::new(Hub::default()),
+            drones: DroneCache::default(),
+            sessions: Registry::default(),
+            heartbeats,
+            stopping,
+            tasks: TaskTracker::new(),
+            waiting_connects: Semaphore::new(WAITING_CONNECTS_MAX),
+            streams: Arc::new(Semaphore::new(STREAMS_MAX)),
+            sockets: Arc::new(Semaphore::new(SOCKETS_MAX)),
+            token_secret: OnceLock::new(),
+            failing_since: Mutex::new(None),
+        }));
+        let hub = Arc::clone(&app.hub).run(app.store.effects());
+        let stopping = app.stopping.clone();
+        app.tasks.spawn(async move { stopping.run_until_cancelled(hub).await });
+        app.tasks.spawn(heartbeats::run(app.clone(), items));
+        app
+    }
+
+    /// Name of this controller in handshakes and cluster states.
+    pub fn controller_name(id: u64) -> String {
+        format!("controller-{id}")
+    }
+
+    /// Proposes a request's command.
+    pub async fn propose(
+        &self,
+        command: Command,
+        idempotency: Option<Idempotency>,
+    ) -> Result<Answer, Failure> {
+        Ok(self.propose_within(Proposal { command, idempotency }, PROPOSE_DEADLINE).await?)
+    }
+
+    /// Proposes, and notes whether this controller reaches a leader.
+    pub async fn propose_within(
+        &self,
+        proposal: Proposal,
+        deadline: Duration,
+    ) -> Result<Answer, ProposeError> {
+        let answer = self.store.propose(proposal, deadline).await;
+        match &answer {
+            Ok(_) => *self.failing_since() = None,
+            Err(ProposeError::NoLeader | ProposeError::OutcomeUnknown(_)) => {
+                self.failing_since().get_or_insert_with(Instant::now);
+            }
+            Err(ProposeError::TooLarge(..) | ProposeError::Overloaded | ProposeError::Stopped(_)) => {}
+        }
+        answer
+    }
+
+    fn failing_since(&self) -> std::sync::MutexGuard<'_, Option<Instant>> {
+        self.failing_since.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How long no proposal of this controller has reached a leader, counted from the first that failed.
+    pub fn failing_for(&self) -> Duration {
+        self.failing_since().map_or(Duration::ZERO, |since| since.elapsed())
+    }
+
+    /// The state, as fresh as asked.
+    pub async fn read(&self, consistency: Consistency) -> Result<ReadPoint, Failure> {
+        match consistency {
+            Consistency::Linearizable => Ok(self.store.linearizable(READ_DEADLINE).await?),
+            Consistency::Local => Ok(self.store.local()),
+        }
+    }
+
+    /// MAC key of the connection tokens. Made when the cluster is formed, and never changed after.
+    pub async fn token_secret(&self) -> Result<[u8; 32], Failure> {
+        if let Some(secret) = self.token_secret.get() {
+            return Ok(*secret);
+        }
+        let mut cluster = self.store.local().view.cluster()?;
+        if cluster.is_none() {
+            // An answer that came from the leader can be ahead of what this replica has applied.
+            cluster = self.read(Consistency::Linearizable).await?.view.cluster()?;
+        }
+        let cluster = cluster
+            .ok_or_else(|| Failure::new(ApiErrorKind::NoLeader, "the cluster is not formed yet"))?;
+        Ok(*self.token_secret.get_or_init(|| cluster.token_secret))
+    }
+
+    /// A place among the connects that wait.
+    pub fn wait_for_key(&self) -> Result<SemaphorePermit<'_>, Failure> {
+        self.waiting_connects
+            .try_acquire()
+            .map_err(|_| Failure::new(ApiErrorKind::Overloaded, "too many connects wait for keys"))
+    }
+
+    /// A place among the status streams.
+    pub fn open_stream(&self) -> Result<OwnedSemaphorePermit, Failure> {
+        Arc::clone(&self.streams)
+            .try_acquire_owned()
+            .map_err(|_| Failure::new(ApiErrorKind::Overloaded, "too many streams are open"))
+    }
+
+    /// A place among the drone sockets.
+    pub fn open_socket(&self) -> Result<OwnedSemaphorePermit, Failure> {
+        Arc::clone(&self.sockets)
+            .try_acquire_owned()
+            .map_err(|_| Failure::new(ApiErrorKind::Overloaded, "too many drone sockets are open"))
+    }
+}

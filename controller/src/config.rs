@@ -1,0 +1,393 @@
+//! Settings: flags, then `HOLDFAST_…` environment variables, then the TOML file of `--config`, then defaults.
+//!
+//! Reading them is pure apart from the file: [`Flags::settle`] turns what was given into [`Settings`] or says which
+//! flag is wrong.
+
+use clap::Parser;
+use holdfast_core::limits::TERMINATED_KEEP_MS_DEFAULT;
+use holdfast_wire::lease::parse_duration_ms;
+use holdfast_wire::names::check_cluster;
+use holdfast_wire::{FieldError, LeaseConfig};
+use raft_store::StoreConfig;
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+/// Election time-out unless given, in milliseconds.
+const ELECTION_TIMEOUT_MS_DEFAULT: u64 = 500;
+/// Shortest election time-out: below it a slow disk looks like a dead leader.
+const ELECTION_TIMEOUT_MS_MIN: u64 = 50;
+/// Longest election time-out, in milliseconds.
+const ELECTION_TIMEOUT_MS_MAX: u64 = 60_000;
+/// Log entries between snapshots unless given.
+const SNAPSHOT_EVERY_DEFAULT: u64 = 20_000;
+/// Fewest log entries between snapshots.
+const SNAPSHOT_EVERY_MIN: u64 = 100;
+/// Most log entries between snapshots.
+const SNAPSHOT_EVERY_MAX: u64 = 10_000_000;
+/// Shortest time for which terminated backends can be kept, in milliseconds.
+const TERMINATED_KEEP_MS_MIN: u64 = 1_000;
+/// Longest time for which terminated backends can be kept, in milliseconds (a week).
+const TERMINATED_KEEP_MS_MAX: u64 = 7 * 24 * 60 * 60 * 1000;
+/// Most members of an initial cluster.
+const MEMBERS_MAX: usize = 9;
+/// Largest settings file, in bytes.
+const FILE_BYTES_MAX: u64 = 1024 * 1024;
+
+/// One replica of Holdfast: a Raft member, the key state machine and the HTTP API.
+#[derive(Debug, Clone, Default, Parser, Deserialize)]
+#[command(name = "holdfast-controller", version)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Flags {
+    /// Member id of this replica: positive, never reused for another data directory
+    #[arg(long, env = "HOLDFAST_ID", value_name = "ID")]
+    pub id: Option<u64>,
+    /// Directory of this replica alone
+    #[arg(long, env = "HOLDFAST_DATA_DIR", value_name = "DIR")]
+    pub data_dir: Option<PathBuf>,
+    /// Where to serve HTTP
+    #[arg(long, env = "HOLDFAST_LISTEN", value_name = "IP:PORT")]
+    pub listen: Option<SocketAddr>,
+    /// Where to listen for the other replicas
+    #[arg(long, env = "HOLDFAST_PEER_LISTEN", value_name = "IP:PORT")]
+    pub peer_listen: Option<SocketAddr>,
+    /// Where clients and drones reach this replica [default: http:// and --listen]
+    #[arg(long, env = "HOLDFAST_ADVERTISE_URL", value_name = "URL")]
+    pub advertise_url: Option<String>,
+    /// The members of a new cluster and their peer addresses: 1=HOST:PORT,2=HOST:PORT,3=HOST:PORT. Ignored once this
+    /// replica has a log
+    #[arg(long, env = "HOLDFAST_INITIAL_CLUSTER", value_name = "ID=HOST:PORT,...")]
+    pub initial_cluster: Option<String>,
+    /// Join a running cluster through one of its controllers (not available yet)
+    #[arg(long, env = "HOLDFAST_JOIN", value_name = "URL", conflicts_with = "initial_cluster")]
+    pub join: Option<String>,
+    /// Cluster of a spawn_config that names none
+    #[arg(long, env = "HOLDFAST_DEFAULT_CLUSTER", value_name = "HOST:PORT")]
+    pub default_cluster: Option<String>,
+    /// Lease durations: forms a new cluster with them; a cluster formed with other ones is refused
+    /// [default: renew=30s,soft=40s,hard=50s,expiry=60s]
+    #[arg(long, env = "HOLDFAST_LEASE", value_name = "renew=30s,soft=40s,hard=50s,expiry=60s")]
+    pub lease: Option<String>,
+    /// Time without a word from the leader after which an election is held [default: 500ms]
+    #[arg(long, env = "HOLDFAST_ELECTION_TIMEOUT", value_name = "DURATION")]
+    pub election_timeout: Option<String>,
+    /// How long terminated backends are kept, set when the cluster is formed [default: 1h]
+    #[arg(long, env = "HOLDFAST_TERMINATED_KEEP", value_name = "DURATION")]
+    pub terminated_keep: Option<String>,
+    /// Log entries between snapshots [default: 20000]
+    #[arg(long, env = "HOLDFAST_SNAPSHOT_EVERY", value_name = "ENTRIES")]
+    pub snapshot_every: Option<u64>,
+    /// What to log: error, warn, info, debug, trace, or a filter like info,raft_store=debug (RUST_LOG is read too)
+    /// [default: info]
+    #[arg(long, env = "HOLDFAST_LOG", value_name = "FILTER")]
+    pub log: Option<String>,
+    /// TOML file with the same names (without the dashes in front)
+    #[arg(long, env = "HOLDFAST_CONFIG", value_name = "FILE")]
+    #[serde(skip)]
+    pub config: Option<PathBuf>,
+}
+
+/// A wrong setting: wrong use, exit code 2.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// A flag, environment variable or line of the file.
+    #[error("--{flag} {problem}")]
+    Flag {
+        /// The flag without the dashes.
+        flag: &'static str,
+        /// Reads on from the flag.
+        problem: String,
+    },
+    /// The file can't be read.
+    #[error("--config {path}: {problem}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
+}
+
+fn wrong(flag: &'static str, problem: impl Into<String>) -> ConfigError {
+    ConfigError::Flag { flag, problem: problem.into() }
+}
+
+fn field(error: FieldError) -> ConfigError {
+    wrong(error.field, error.problem)
+}
+
+/// What a controller runs with. Everything in it was checked.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// For the replica.
+    pub store: StoreConfig,
+    /// Where to serve HTTP.
+    pub listen: SocketAddr,
+    /// Where clients and drones reach this replica; without a slash at the end.
+    pub advertise_url: String,
+    /// Cluster of a `spawn_config` that names none.
+    pub default_cluster: Option<String>,
+    /// Log filter.
+    pub log: Option<String>,
+}
+
+impl Flags {
+    /// Fills what was not given from the file of `--config`, if there is one.
+    pub fn with_file(self) -> Result<Self, ConfigError> {
+        let Some(path) = self.config.clone() else { return Ok(self) };
+        let text = read_bounded(&path)?;
+        self.with_text(&path, &text)
+    }
+
+    fn with_text(self, path: &Path, text: &str) -> Result<Self, ConfigError> {
+        let file: Self = toml::from_str(text).map_err(|error| ConfigError::File {
+            path: path.to_owned(),
+            problem: error.to_string().trim_end().to_owned(),
+        })?;
+        // Whichever of the two was given nearer wins; the other one of the pair must not come back from the file.
+        let cluster_given = self.initial_cluster.is_some() || self.join.is_some();
+        Ok(Self {
+            id: self.id.or(file.id),
+            data_dir: self.data_dir.or(file.data_dir),
+            listen: self.listen.or(file.listen),
+            peer_listen: self.peer_listen.or(file.peer_listen),
+            advertise_url: self.advertise_url.or(file.advertise_url),
+            initial_cluster: if cluster_given { self.initial_cluster } else { file.initial_cluster },
+            join: if cluster_given { self.join } else { file.join },
+            default_cluster: self.default_cluster.or(file.default_cluster),
+            lease: self.lease.or(file.lease),
+            election_timeout: self.election_timeout.or(file.election_timeout),
+            terminated_keep: self.terminated_keep.or(file.terminated_keep),
+            snapshot_every: self.snapshot_every.or(file.snapshot_every),
+            log: self.log.or(file.log),
+            config: self.config,
+        })
+    }
+
+    /// Checks everything.
+    pub fn settle(self) -> Result<Settings, ConfigError> {
+        let id = self.id.ok_or_else(|| wrong("id", "is missing"))?;
+        if id == 0 {
+            return Err(wrong("id", "must be positive"));
+        }
+        let data_dir = self.data_dir.ok_or_else(|| wrong("data-dir", "is missing"))?;
+        let listen = self.listen.ok_or_else(|| wrong("listen", "is missing"))?;
+        let peer_listen = self.peer_listen.ok_or_else(|| wrong("peer-listen", "is missing"))?;
+        if listen == peer_listen && listen.port() != 0 {
+            return Err(wrong("peer-listen", format!("must differ from --listen ({listen})")));
+        }
+        let advertise_url = match self.advertise_url {
+            Some(url) => check_url("advertise-url", &url)?,
+            None if listen.ip().is_unspecified() || listen.port() == 0 => {
+                return Err(wrong(
+                    "advertise-url",
+                    format!("is missing, and --listen {listen} does not say where others reach this replica"),
+                ));
+            }
+            None => format!("http://{listen}"),
+        };
+        if self.join.is_some() {
+            return Err(wrong(
+                "join",
+                "is not available yet: start the members of a new cluster with --initial-cluster",
+            ));
+        }
+        let initial_cluster = parse_members(
+            &self.initial_cluster.ok_or_else(|| wrong("initial-cluster", "is missing"))?,
+        )?;
+        if !initial_cluster.contains_key(&id) {
+            return Err(wrong("initial-cluster", format!("must name this replica too (--id {id})")));
+        }
+        if let Some(cluster) = &self.default_cluster {
+            check_cluster("default-cluster", cluster).map_err(field)?;
+        }
+        let lease = self.lease.map(|text| text.parse::<LeaseConfig>()).transpose().map_err(field)?;
+        let duration = |flag, text: Option<String>, default_ms, min_ms, max_ms| {
+            let Some(text) = text else { return Ok(default_ms) };
+            let ms = parse_duration_ms(flag, &text).map_err(field)?;
+            if ms < min_ms || ms > max_ms {
+                return Err(wrong(flag, format!("is {text}, but must be from {min_ms}ms to {max_ms}ms")));
+            }
+            Ok(ms)
+        };
+        let election_timeout_ms = duration(
+            "election-timeout",
+            self.election_timeout,
+            ELECTION_TIMEOUT_MS_DEFAULT,
+            ELECTION_TIMEOUT_MS_MIN,
+            ELECTION_TIMEOUT_MS_MAX,
+        )?;
+        let terminated_keep_ms = duration(
+            "terminated-keep",
+            self.terminated_keep,
+            TERMINATED_KEEP_MS_DEFAULT,
+            TERMINATED_KEEP_MS_MIN,
+            TERMINATED_KEEP_MS_MAX,
+        )?;
+        let snapshot_every = self.snapshot_every.unwrap_or(SNAPSHOT_EVERY_DEFAULT);
+        if !(SNAPSHOT_EVERY_MIN..=SNAPSHOT_EVERY_MAX).contains(&snapshot_every) {
+            return Err(wrong(
+                "snapshot-every",
+                format!("is {snapshot_every}, but must be from {SNAPSHOT_EVERY_MIN} to {SNAPSHOT_EVERY_MAX}"),
+            ));
+        }
+        Ok(Settings {
+            store: StoreConfig {
+                id,
+                data_dir,
+                peer_listen,
+                advertise_url: advertise_url.clone(),
+                initial_cluster,
+                lease,
+                terminated_keep_ms,
+                election_timeout_ms,
+                snapshot_every,
+            },
+            listen,
+            advertise_url,
+            default_cluster: self.default_cluster,
+            log: self.log,
+        })
+    }
+}
+
+fn read_bounded(path: &Path) -> Result<String, ConfigError> {
+    use std::io::Read;
+    let failed = |problem: String| ConfigError::File { path: path.to_owned(), problem };
+    let file = std::fs::File::open(path).map_err(|e| failed(e.to_string()))?;
+    let mut text = String::new();
+    let read = file.take(FILE_BYTES_MAX + 1).read_to_string(&mut text).map_err(|e| failed(e.to_string()))?;
+    if read as u64 > FILE_BYTES_MAX {
+        return Err(failed(format!("is larger than {FILE_BYTES_MAX} bytes")));
+    }
+    Ok(text)
+}
+
+/// `http(s)://host[:port][/path]`, without the slashes at the end.
+fn check_url(flag: &'static str, url: &str) -> Result<String, ConfigError> {
+    let trimmed = url.trim_end_matches('/');
+    match trimmed.parse::<axum::http::Uri>() {
+        Ok(uri)
+            if matches!(uri.scheme_str(), Some("http" | "https"))
+                && uri.host().is_some_and(|host| !host.is_empty())
+                && uri.query().is_none() =>
+        {
+            Ok(trimmed.to_owned())
+        }
+        _ => Err(wrong(flag, format!("is {url:?}, which is not http://HOST:PORT"))),
+    }
+}
+
+fn parse_members(text: &str) -> Result<BTreeMap<u64, String>, ConfigError> {
+    const FLAG: &str = "initial-cluster";
+    let mut members = BTreeMap::new();
+    for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
+        let member = part.split_once('=').and_then(|(id, addr)| {
+            let id = id.trim().parse::<u64>().ok().filter(|id| *id > 0)?;
+            let addr = addr.trim();
+            let (host, port) = addr.rsplit_once(':')?;
+            (!host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0)).then(|| (id, addr.to_owned()))
+        });
+        let Some((id, addr)) = member else {
+            return Err(wrong(FLAG, format!("has {part:?}, which is not ID=HOST:PORT")));
+        };
+        if members.values().any(|other| *other == addr) {
+            return Err(wrong(FLAG, format!("names the address {addr} twice")));
+        }
+        if members.insert(id, addr).is_some() {
+            return Err(wrong(FLAG, format!("names member {id} twice")));
+        }
+    }
+    if members.is_empty() || members.len() > MEMBERS_MAX {
+        return Err(wrong(FLAG, format!("has {} members, but must have 1 to {MEMBERS_MAX}", members.len())));
+    }
+    Ok(members)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn given(args: &[&str]) -> Flags {
+        let all = ["holdfast-controller"].iter().chain(args);
+        Flags::try_parse_from(all).unwrap()
+    }
+
+    fn complete(more: &[&str]) -> Result<Settings, ConfigError> {
+        let base = [
+            "--id=1",
+            "--data-dir=/tmp/x",
+            "--listen=127.0.0.1:7101",
+            "--peer-listen=127.0.0.1:7201",
+            "--initial-cluster=1=127.0.0.1:7201,2=b:7202",
+        ];
+        let kept: Vec<&str> = base
+            .iter()
+            .filter(|arg| {
+                let name = arg.split_once('=').unwrap().0;
+                !more.iter().any(|m| m.starts_with(&format!("{name}=")) || *m == format!("no{name}"))
+            })
+            .copied()
+            .chain(more.iter().filter(|m| !m.starts_with("no")).copied())
+            .collect();
+        given(&kept).settle()
+    }
+
+    #[test]
+    fn a_full_command_line_is_settled() {
+        let settings =
+            complete(&["--lease=renew=1s,soft=2s,hard=3s,expiry=4s", "--election-timeout=200ms"]).unwrap();
+        assert_eq!(settings.store.initial_cluster[&2], "b:7202");
+        assert_eq!(settings.advertise_url, "http://127.0.0.1:7101");
+        assert_eq!(settings.store.lease.unwrap().expiry_ms, 4_000);
+        assert_eq!(settings.store.election_timeout_ms, 200);
+        assert!(complete(&[]).unwrap().store.lease.is_none());
+    }
+
+    #[test]
+    fn each_wrong_setting_is_named() {
+        for (args, flag) in [
+            (&["no--id"][..], "id"),
+            (&["--id=0"], "id"),
+            (&["no--data-dir"], "data-dir"),
+            (&["no--listen"], "listen"),
+            (&["no--peer-listen"], "peer-listen"),
+            (&["--peer-listen=127.0.0.1:7101"], "peer-listen"),
+            (&["no--initial-cluster"], "initial-cluster"),
+            (&["--initial-cluster=2=a:1"], "initial-cluster"),
+            (&["--initial-cluster=1=a"], "initial-cluster"),
+            (&["--initial-cluster=1=a:1,1=b:1"], "initial-cluster"),
+            (&["--initial-cluster=1=a:1,2=a:1"], "initial-cluster"),
+            (&["--initial-cluster=x=a:1"], "initial-cluster"),
+            (&["--initial-cluster="], "initial-cluster"),
+            (&["no--initial-cluster", "--join=http://a:1"], "join"),
+            (&["--listen=0.0.0.0:1"], "advertise-url"),
+            (&["--advertise-url=ftp://a"], "advertise-url"),
+            (&["--default-cluster=a b"], "default-cluster"),
+            (&["--lease=hard=59s"], "lease"),
+            (&["--election-timeout=1"], "election-timeout"),
+            (&["--election-timeout=1ms"], "election-timeout"),
+            (&["--snapshot-every=1"], "snapshot-every"),
+            (&["--terminated-keep=1ms"], "terminated-keep"),
+        ] {
+            match complete(args) {
+                Err(ConfigError::Flag { flag: named, .. }) => assert_eq!(named, flag, "{args:?}"),
+                other => panic!("{args:?}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn the_file_fills_what_flags_leave_out() {
+        let text = "id = 7\nlisten = \"127.0.0.1:1\"\nlease = \"expiry=61s\"\ninitial-cluster = \"7=a:1\"";
+        let flags = given(&["--id=1"]).with_text(Path::new("f"), text).unwrap();
+        assert_eq!(flags.id, Some(1));
+        assert_eq!(flags.listen, Some("127.0.0.1:1".parse().unwrap()));
+        assert_eq!(flags.initial_cluster.as_deref(), Some("7=a:1"));
+        let joining = given(&["--join=http://a"]).with_text(Path::new("f"), text).unwrap();
+        assert_eq!(joining.initial_cluster, None);
+        let error = given(&[]).with_text(Path::new("f"), "colour = 1").unwrap_err();
+        assert!(error.to_string().contains("colour"), "{error}");
+    }
+}

@@ -1,0 +1,128 @@
+//! This controller and its cluster: health, readiness, members, leadership.
+
+use super::args::{Consistency, QueryArgs, Write};
+use super::error::Failure;
+use crate::app::App;
+use axum::Json;
+use axum::extract::State;
+use holdfast_wire::ApiErrorKind;
+use holdfast_wire::drone::VersionInfo;
+use holdfast_wire::http::{Checksum, ClusterInfo, DrainResult, MemberInfo, StatusResponse};
+use raft_store::{MemberStatus, ReplicaStatus};
+use serde_json::{Value, json};
+use std::time::Duration;
+
+/// How long a readiness check waits for a linearizable read.
+const READY_DEADLINE: Duration = Duration::from_secs(1);
+/// How long a leader waits for its successor.
+const TRANSFER_DEADLINE: Duration = Duration::from_secs(5);
+
+/// GET `/pub/health`: 200 while the process lives.
+pub async fn health() -> Json<Value> {
+    Json(json!({"status": "ok"}))
+}
+
+/// GET `/ctrl/status`.
+pub async fn status() -> Json<StatusResponse> {
+    let version = VersionInfo::current();
+    Json(StatusResponse { status: "ok".to_owned(), version: version.version, hash: version.git_hash })
+}
+
+/// GET `/ctrl/ready`: 200 only when this replica can serve linearizable reads of a formed cluster.
+pub async fn ready(State(app): State<App>) -> Result<Json<Value>, Failure> {
+    let point = app.store.linearizable(READY_DEADLINE).await?;
+    match point.view.cluster()? {
+        Some(_) => Ok(Json(json!({"ready": true}))),
+        None => Err(Failure::new(ApiErrorKind::NoLeader, "the cluster is not formed yet")),
+    }
+}
+
+fn member(member: MemberStatus, status: &ReplicaStatus) -> MemberInfo {
+    let itself = member.id == status.id;
+    let leader = status.leader.as_ref().map(|leader| leader.id);
+    let role = if leader == Some(member.id) {
+        "leader"
+    } else if !member.voter {
+        "learner"
+    } else if leader.is_some() {
+        "follower"
+    } else {
+        "unknown"
+    };
+    let last_log = if itself { Some(status.last_log) } else { member.last_log };
+    MemberInfo {
+        id: member.id,
+        url: member.url,
+        peer_addr: member.peer_addr,
+        role: role.to_owned(),
+        last_log,
+        applied: itself.then_some(status.applied),
+        // Only the leader knows how far the log goes.
+        lag: last_log.filter(|_| status.is_leader).map(|last| status.last_log.saturating_sub(last)),
+    }
+}
+
+/// GET `/ctrl/cluster`.
+pub async fn cluster(State(app): State<App>, query: QueryArgs) -> Result<Json<ClusterInfo>, Failure> {
+    let consistency = query.consistency()?;
+    let point = app.read(consistency).await?;
+    let status = app.store.status();
+    let cluster = point.view.cluster()?;
+    let progress = point.view.progress()?;
+    let (index, value) = progress.published.last().copied().unwrap_or_default();
+    let term = if consistency == Consistency::Linearizable { point.term } else { status.term };
+    Ok(Json(ClusterInfo {
+        cluster_id: cluster.as_ref().map(|cluster| cluster.cluster_id.clone()),
+        leader: status.leader.as_ref().map(|leader| leader.id),
+        term,
+        cluster_time: point.now_ms,
+        members: status.members.iter().map(|m| member(m.clone(), &status)).collect(),
+        checksum: Checksum { index, value },
+        lease: cluster.map(|cluster| cluster.lease),
+    }))
+}
+
+/// POST `/ctrl/cluster/transfer-leader`: if this replica leads, another takes over. `x-holdfast-leader` says whom to ask
+/// otherwise.
+pub async fn transfer_leader(State(app): State<App>, write: Write) -> Result<Json<DrainResult>, Failure> {
+    write.ignored_body()?;
+    if !app.store.status().is_leader {
+        return Ok(Json(DrainResult { updated: false }));
+    }
+    Ok(Json(DrainResult { updated: app.store.transfer_leadership(TRANSFER_DEADLINE).await }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use raft_store::LeaderInfo;
+
+    fn replica(leader: Option<u64>) -> ReplicaStatus {
+        ReplicaStatus {
+            id: 1,
+            term: 3,
+            leader: leader.map(|id| LeaderInfo { id, url: None }),
+            is_leader: leader == Some(1),
+            last_log: 100,
+            applied: 99,
+            snapshot: 0,
+            members: Vec::new(),
+        }
+    }
+
+    fn other(voter: bool, last_log: Option<u64>) -> MemberStatus {
+        MemberStatus { id: 2, peer_addr: "a:1".into(), url: None, voter, last_log }
+    }
+
+    #[test]
+    fn roles_and_lag_are_what_this_replica_can_know() {
+        let seen = member(other(true, Some(90)), &replica(Some(1)));
+        assert_eq!((seen.role.as_str(), seen.lag, seen.applied), ("follower", Some(10), None));
+        assert_eq!(member(other(true, None), &replica(Some(2))).role, "leader");
+        assert_eq!(member(other(true, None), &replica(None)).role, "unknown");
+        assert_eq!(member(other(false, None), &replica(Some(1))).role, "learner");
+        let itself = MemberStatus { id: 1, ..other(true, None) };
+        let itself = member(itself, &replica(Some(2)));
+        assert_eq!((itself.applied, itself.last_log, itself.lag), (Some(99), Some(100), None));
+    }
+}

@@ -1,0 +1,230 @@
+//! What is due for a drone: what to send now and what to send again. Pure: the caller looks at the state.
+//!
+//! Actions stand in the order of the log. New ones are always beyond the newest that was sent, so they are found without
+//! looking at older ones, and go out first; unacknowledged ones are sent again a page at a time. However many older ones
+//! are unacknowledged, newer ones do not wait for them.
+
+use holdfast_core::limits::ACTIONS_PER_READ_MAX;
+use holdfast_core::records::PendingAction;
+use holdfast_core::view::DueAction;
+use holdfast_wire::drone::{AcquiredKey, Action, ActionMessage};
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+/// After how long an unacknowledged action is sent again.
+pub const RESEND_AFTER: Duration = Duration::from_secs(2);
+/// Pages of older actions that one round looks at.
+const RESEND_PAGES_MAX: usize = 4;
+
+/// Log index and number within that entry.
+type At = (u64, u32);
+
+/// What a session has sent.
+#[derive(Debug, Default)]
+pub struct Tracker {
+    /// The newest that was sent.
+    newest: Option<At>,
+    /// Where the next round of resending goes on.
+    resend_after: Option<At>,
+    /// When each that may still be due was sent.
+    sent: BTreeMap<At, Instant>,
+}
+
+impl Tracker {
+    /// New due actions, at most `room`. `look(after, limit)` gives due actions in order; fewer than `limit` means that
+    /// there are no more.
+    pub fn fresh<E>(
+        &mut self,
+        now: Instant,
+        room: usize,
+        mut look: impl FnMut(Option<At>, usize) -> Result<Vec<DueAction>, E>,
+    ) -> Result<Vec<DueAction>, E> {
+        let mut due = Vec::new();
+        while due.len() < room {
+            let limit = (room - due.len()).min(ACTIONS_PER_READ_MAX);
+            let page = look(self.newest, limit)?;
+            let last_page = page.len() < limit;
+            for action in page {
+                let at = (action.index, action.sub);
+                self.newest = Some(at);
+                self.sent.insert(at, now);
+                due.push(action);
+            }
+            if last_page {
+                break;
+            }
+        }
+        Ok(due)
+    }
+
+    /// Sent actions that are still due and were not acknowledged in time, at most `room`.
+    pub fn again<E>(
+        &mut self,
+        now: Instant,
+        room: usize,
+        mut look: impl FnMut(Option<At>, usize) -> Result<Vec<DueAction>, E>,
+    ) -> Result<Vec<DueAction>, E> {
+        let mut due = Vec::new();
+        for _ in 0..RESEND_PAGES_MAX {
+            if self.sent.is_empty() || due.len() >= room {
+                break;
+            }
+            let page = look(self.resend_after, ACTIONS_PER_READ_MAX)?;
+            let page_end =
+                if page.len() < ACTIONS_PER_READ_MAX { None } else { page.last().map(|a| (a.index, a.sub)) };
+            self.forget_all_but(&page, page_end);
+            for action in page {
+                let Some(sent) = self.sent.get_mut(&(action.index, action.sub)) else { continue };
+                if now.saturating_duration_since(*sent) >= RESEND_AFTER && due.len() < room {
+                    *sent = now;
+                    due.push(action);
+                }
+            }
+            self.resend_after = page_end;
+            if page_end.is_none() {
+                break;
+            }
+        }
+        Ok(due)
+    }
+
+    /// Forgets what a page should have held and did not: acknowledged, or not due any more.
+    fn forget_all_but(&mut self, page: &[DueAction], page_end: Option<At>) {
+        let after = self.resend_after;
+        let kept: std::collections::BTreeSet<At> = page.iter().map(|a| (a.index, a.sub)).collect();
+        self.sent.retain(|at, _| {
+            let within = after.is_none_or(|after| *at > after) && page_end.is_none_or(|end| *at <= end);
+            !within || kept.contains(at)
+        });
+    }
+}
+
+/// An action as the drone gets it. The error is a spawn whose executable is not JSON, which no controller accepts.
+pub fn message(drone_id: i32, due: DueAction) -> Result<ActionMessage, serde_json::Error> {
+    let action = match due.record.action {
+        PendingAction::Spawn { local_time_ms, lease, token, executable_json, .. } => Action::Spawn {
+            executable: serde_json::from_str(&executable_json)?,
+            key: AcquiredKey { key: due.backend.key, deadlines: lease.deadlines(local_time_ms), token },
+            static_token: due.backend.static_token,
+        },
+        PendingAction::Terminate { kind, reason } => Action::Terminate { kind, reason },
+    };
+    Ok(ActionMessage { action_id: due.action_id, backend_id: due.record.backend_id, drone_id, action })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use holdfast_core::records::{ActionRecord, BackendRecord};
+    use holdfast_wire::{KeyConfig, LeaseConfig, TerminationKind, TerminationReason};
+    use serde_json::json;
+    use std::convert::Infallible;
+
+    fn due(index: u64, action: PendingAction) -> DueAction {
+        let backend = BackendRecord {
+            key: KeyConfig { name: "k".into(), ..KeyConfig::default() },
+            cluster: String::new(),
+            drone_id: 1,
+            drone: String::new(),
+            incarnation: String::new(),
+            token: index,
+            history: Vec::new(),
+            termination_asked: None,
+            lifetime_ends_at_ms: None,
+            max_idle_seconds: None,
+            static_token: None,
+            secret_token: String::new(),
+            subdomain: None,
+            revoked_users: Vec::new(),
+            terminate_action: None,
+        };
+        let record = ActionRecord { backend_id: format!("ba-{index}"), action };
+        DueAction { action_id: format!("ak-{index}-0"), index, sub: 0, record, backend }
+    }
+
+    fn end() -> PendingAction {
+        PendingAction::Terminate { kind: TerminationKind::Soft, reason: TerminationReason::External }
+    }
+
+    /// A state with these actions due.
+    fn state(indexes: impl IntoIterator<Item = u64>) -> impl Fn(Option<At>, usize) -> Result<Vec<DueAction>, Infallible> {
+        let indexes: Vec<u64> = indexes.into_iter().collect();
+        move |after, limit| {
+            let after = after.map_or(0, |(index, _)| index);
+            Ok(indexes.iter().filter(|i| **i > after).take(limit).map(|i| due(*i, end())).collect())
+        }
+    }
+
+    fn indexes(due: Result<Vec<DueAction>, Infallible>) -> Vec<u64> {
+        due.unwrap().into_iter().map(|action| action.index).collect()
+    }
+
+    #[test]
+    fn each_action_is_sent_at_once_and_again_only_after_a_while() {
+        let start = Instant::now();
+        let mut tracker = Tracker::default();
+        assert_eq!(indexes(tracker.fresh(start, 100, state([1, 2]))), [1, 2]);
+        assert!(indexes(tracker.fresh(start, 100, state([1, 2]))).is_empty());
+        let soon = start + RESEND_AFTER / 2;
+        assert_eq!(indexes(tracker.fresh(soon, 100, state([1, 2, 3]))), [3]);
+        assert!(indexes(tracker.again(soon, 100, state([1, 2, 3]))).is_empty());
+        // 2 was acknowledged.
+        let later = start + RESEND_AFTER;
+        assert_eq!(indexes(tracker.again(later, 100, state([1, 3]))), [1]);
+        assert_eq!(tracker.sent.len(), 2);
+        assert!(indexes(tracker.again(later + RESEND_AFTER, 100, state([]))).is_empty());
+        assert!(tracker.sent.is_empty());
+    }
+
+    #[test]
+    fn thousands_of_unacknowledged_actions_do_not_hold_up_a_new_one() {
+        let start = Instant::now();
+        let mut tracker = Tracker::default();
+        assert_eq!(indexes(tracker.fresh(start, 10_000, state(1..=5_000))).len(), 5_000);
+        assert_eq!(indexes(tracker.fresh(start, 1, state(1..=5_001))), [5_001]);
+    }
+
+    #[test]
+    fn what_finds_no_room_is_sent_in_the_next_round() {
+        let start = Instant::now();
+        let mut tracker = Tracker::default();
+        assert_eq!(indexes(tracker.fresh(start, 2, state(1..=3))), [1, 2]);
+        assert_eq!(indexes(tracker.fresh(start, 2, state(1..=3))), [3]);
+        assert!(indexes(tracker.fresh(start, 0, state(1..=9))).is_empty());
+    }
+
+    #[test]
+    fn resending_gets_round_to_every_action_page_by_page() {
+        let start = Instant::now();
+        let count = u64::try_from(ACTIONS_PER_READ_MAX * RESEND_PAGES_MAX).unwrap() + 10;
+        let mut tracker = Tracker::default();
+        tracker.fresh(start, usize::MAX, state(1..=count)).unwrap();
+        let later = start + RESEND_AFTER;
+        let first = indexes(tracker.again(later, usize::MAX, state(1..=count)));
+        let second = indexes(tracker.again(later, usize::MAX, state(1..=count)));
+        let mut all: Vec<u64> = first.into_iter().chain(second).collect();
+        all.sort_unstable();
+        assert_eq!(all, (1..=count).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_spawn_carries_the_key_with_deadlines_in_the_drones_time() {
+        let lease = LeaseConfig::default();
+        let spawn = PendingAction::Spawn {
+            incarnation: "i".into(),
+            local_time_ms: 1_000,
+            heartbeat_at_ms: 0,
+            lease,
+            token: 17,
+            executable_json: r#"{"command":["x"]}"#.into(),
+        };
+        assert_eq!(
+            serde_json::to_value(message(5, due(17, spawn)).unwrap()).unwrap(),
+            json!({"action_id": "ak-17-0", "backend_id": "ba-17", "drone_id": 5, "action": {"Spawn": {
+                "executable": {"command": ["x"]},
+                "key": {"key": {"name": "k", "namespace": "", "tag": ""}, "token": 17,
+                        "deadlines": {"renew_at": 31_000, "soft_terminate_at": 41_000, "hard_terminate_at": 51_000}},
+                "static_token": null}}})
+        );
+    }
+}

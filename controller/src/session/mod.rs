@@ -1,0 +1,145 @@
+//! Drone sockets: `WS /ctrl/c/{cluster}/drone-socket?pool=P`.
+//!
+//! ```text
+//!            ┌── handshake, registration (an entry) ──┐
+//!   drone ═══╡ frames ─▶ session loop ──▶ proposals: renewals, reports, acknowledgements (one session's, batched)
+//!   socket   │              │    │                    heartbeats (batched over all sessions)
+//!            ╘◀═ writer ◀───┘    └─◀─ applied state: due actions, newer sessions
+//! ```
+//!
+//! Invariants:
+//!
+//! 1. A session acts only on what its own replica has applied since the registration: the replica waits for that entry
+//!    before the drone gets the handshake, so an older session in the state never looks like a newer one, and the lease
+//!    durations it reads are never older than the keys the drone holds.
+//! 2. Deadlines that answer a renewal start at that request's own `local_time`, and are never sent once the soft one of
+//!    them has passed.
+//! 3. State reports are proposed one batch at a time, in the order they came, and acknowledged after they are applied.
+//! 4. Every queue is bounded; what does not fit is left unanswered and the drone sends it again.
+
+pub mod actions;
+pub mod frames;
+pub mod heartbeats;
+mod jobs;
+pub mod registry;
+pub mod renewals;
+mod run;
+mod start;
+
+use crate::app::App;
+use crate::http::args::{PathArgs, QueryArgs};
+use crate::http::error::Failure;
+use axum::extract::State;
+use axum::extract::ws::rejection::WebSocketUpgradeRejection;
+use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade};
+use axum::http::StatusCode;
+use axum::response::Response;
+use futures::SinkExt;
+use futures::stream::SplitSink;
+use holdfast_wire::ApiErrorKind;
+use holdfast_wire::limits::BODY_BYTES_MAX;
+use holdfast_wire::names::{check_cluster, check_name_or_empty};
+use std::time::Duration;
+use tokio::sync::mpsc;
+
+/// Messages on the way to a drone. Each session has its own queue.
+const OUT_QUEUE_MAX: usize = 1024;
+/// How long one message may take to be sent before the drone counts as gone.
+const SEND_TIMEOUT: Duration = Duration::from_secs(5);
+/// Room for a message that is over the bound, so that it is refused with a reason rather than with a broken connection.
+const OVERSIZE_ROOM_BYTES: usize = 1024 * 1024;
+/// Longest reason in a close frame, in bytes (a control frame holds 125, two of them for the code).
+const CLOSE_REASON_BYTES_MAX: usize = 123;
+
+/// Why and how a session ends.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum End {
+    /// The connection is gone, or the drone closed it: nothing is sent.
+    #[error("the connection ended")]
+    Gone,
+    /// A close frame is sent.
+    #[error("closed with {code}: {reason}")]
+    Close {
+        /// Close code.
+        code: u16,
+        /// For people.
+        reason: String,
+    },
+}
+
+impl End {
+    /// With a close code of `holdfast_wire::drone`.
+    pub fn close(code: u16, reason: impl Into<String>) -> Self {
+        Self::Close { code, reason: reason.into() }
+    }
+}
+
+/// Opens a session.
+pub async fn open(
+    State(app): State<App>,
+    PathArgs(cluster): PathArgs<String>,
+    query: QueryArgs,
+    upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
+) -> Result<Response, Failure> {
+    check_cluster("cluster", &cluster)?;
+    let pool = query.text("pool")?.unwrap_or_default().to_owned();
+    check_name_or_empty("pool", &pool)?;
+    let upgrade = upgrade.map_err(|rejection| Failure {
+        kind: ApiErrorKind::InvalidRequest,
+        status: Some(StatusCode::UPGRADE_REQUIRED).filter(|_| rejection.status().is_client_error()),
+        message: format!("this path is a WebSocket: {}", rejection.body_text()),
+    })?;
+    if app.stopping.is_cancelled() {
+        return Err(Failure::stopping());
+    }
+    let place = app.open_socket()?;
+    let size = BODY_BYTES_MAX + OVERSIZE_ROOM_BYTES;
+    Ok(upgrade.max_message_size(size).max_frame_size(size).on_upgrade(move |socket| async move {
+        // Counted, so that the process does not end before the drone was told to go elsewhere.
+        let session = app.tasks.track_future(serve(app.clone(), cluster, pool, socket));
+        session.await;
+        drop(place);
+    }))
+}
+
+async fn serve(app: App, cluster: String, pool: String, socket: WebSocket) {
+    use futures::StreamExt;
+    let (sink, stream) = socket.split();
+    let (out, queue) = mpsc::channel(OUT_QUEUE_MAX);
+    let writer = app.tasks.spawn(write(sink, queue));
+    let end = match start::start(&app, cluster, pool, stream, &out).await {
+        Ok(session) => session.run().await,
+        Err(end) => end,
+    };
+    if let End::Close { code, reason } = &end {
+        let reason = frames::truncated(reason, CLOSE_REASON_BYTES_MAX);
+        let frame = Message::Close(Some(CloseFrame { code: *code, reason: reason.into() }));
+        // Full means that the drone does not read.
+        let _ = out.try_send(frame);
+    }
+    tracing::debug!(%end, "drone session ended");
+    drop(out);
+    // It ends by itself: the queue is closed, and every send is bounded.
+    let _ = writer.await;
+}
+
+/// Sends what the session queues. Ends with the queue, after a close frame, or when the drone does not take it in time.
+async fn write(mut sink: SplitSink<WebSocket, Message>, mut queue: mpsc::Receiver<Message>) {
+    while let Some(message) = queue.recv().await {
+        let mut closing = matches!(message, Message::Close(_));
+        let send = async {
+            sink.feed(message).await?;
+            // One flush for all that is queued.
+            while !closing && let Ok(message) = queue.try_recv() {
+                closing = matches!(message, Message::Close(_));
+                sink.feed(message).await?;
+            }
+            sink.flush().await
+        };
+        match tokio::time::timeout(SEND_TIMEOUT, send).await {
+            Ok(Ok(())) if !closing => {}
+            _ => break,
+        }
+    }
+    let _ = tokio::time::timeout(SEND_TIMEOUT, sink.close()).await;
+}

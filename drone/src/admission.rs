@@ -1,0 +1,147 @@
+//! Which spawns a drone accepts. Pure.
+//!
+//! Invariants:
+//!
+//! 1. A backend id is started at most once in a process: an id that was accepted is remembered until the spawn's own
+//!    `soft_terminate_at` has passed, even if the backend has ended and its report is acknowledged. A repeated spawn may
+//!    arrive late from a controller that lags behind; after that moment its deadline refuses it.
+//! 2. A spawn whose `soft_terminate_at` has passed, or whose deadlines cannot stem from a heartbeat of this process, is
+//!    not started.
+
+use holdfast_wire::{Deadlines, LeaseConfig};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Most backends of one drone, running or remembered.
+pub const BACKENDS_MAX: usize = 20_000;
+
+/// What to do with a spawn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Start it.
+    Start,
+    /// Known already: change nothing.
+    Repeated,
+    /// Its time has run out: report that it was not started.
+    TooLate,
+    /// Its deadlines are not of this process's time: report that it was not started.
+    NotOurTime,
+    /// [`BACKENDS_MAX`] is reached: report that it was not started.
+    Full,
+}
+
+/// Ids that were accepted, and how long they must be remembered.
+#[derive(Debug)]
+pub struct Admission {
+    /// Drone time at which this process started, in milliseconds.
+    started_at: i64,
+    /// Backend to the `soft_terminate_at` of its spawn.
+    accepted: BTreeMap<String, i64>,
+    by_time: BTreeSet<(i64, String)>,
+}
+
+impl Admission {
+    /// For a process that started at this drone time.
+    pub fn new(started_at: i64) -> Self {
+        Self { started_at, accepted: BTreeMap::new(), by_time: BTreeSet::new() }
+    }
+
+    /// Judges a spawn, and remembers the id if it is to be started. `lease` is the cluster's, where it said so.
+    pub fn judge(
+        &mut self,
+        backend: &str,
+        deadlines: Deadlines,
+        lease: Option<LeaseConfig>,
+        now_ms: i64,
+    ) -> Verdict {
+        if self.accepted.contains_key(backend) {
+            return Verdict::Repeated;
+        }
+        if now_ms >= deadlines.soft_terminate_at {
+            return Verdict::TooLate;
+        }
+        let ordered = deadlines.renew_at < deadlines.soft_terminate_at
+            && deadlines.soft_terminate_at < deadlines.hard_terminate_at;
+        // An acquisition counts from the `local_time` of a heartbeat, which lies between the start and now. A spawn
+        // that was meant for an earlier process, whose clock was ahead of ours, does not.
+        let derived = lease.is_none_or(|lease| {
+            let base = deadlines.hard_terminate_at.saturating_sub_unsigned(lease.hard_terminate_ms);
+            (self.started_at..=now_ms).contains(&base)
+        });
+        if !ordered || !derived {
+            return Verdict::NotOurTime;
+        }
+        if self.accepted.len() >= BACKENDS_MAX {
+            return Verdict::Full;
+        }
+        self.accepted.insert(backend.to_owned(), deadlines.soft_terminate_at);
+        Verdict::Start
+    }
+
+    /// The backend has ended and its report is acknowledged: remember the id only as long as it is needed.
+    pub fn finished(&mut self, backend: &str) {
+        if let Some(until) = self.accepted.get(backend) {
+            self.by_time.insert((*until, backend.to_owned()));
+        }
+    }
+
+    /// Forgets what need not be remembered any more.
+    pub fn tidy(&mut self, now_ms: i64) {
+        while let Some((until, _)) = self.by_time.first()
+            && *until <= now_ms
+            && let Some((_, backend)) = self.by_time.pop_first()
+        {
+            self.accepted.remove(&backend);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lease() -> LeaseConfig {
+        LeaseConfig::default()
+    }
+
+    #[test]
+    fn a_repeated_spawn_is_known_even_after_the_backend_has_ended() {
+        let mut admission = Admission::new(0);
+        let deadlines = lease().deadlines(1_000);
+        assert_eq!(admission.judge("ba", deadlines, Some(lease()), 2_000), Verdict::Start);
+        assert_eq!(admission.judge("ba", deadlines, Some(lease()), 2_001), Verdict::Repeated);
+        admission.finished("ba");
+        admission.tidy(40_999);
+        assert_eq!(admission.judge("ba", deadlines, Some(lease()), 40_999), Verdict::Repeated);
+        admission.tidy(41_000);
+        assert_eq!(admission.judge("ba", deadlines, Some(lease()), 41_000), Verdict::TooLate);
+        assert!(admission.accepted.is_empty());
+    }
+
+    #[test]
+    fn a_running_backend_is_remembered_past_the_first_deadline() {
+        let mut admission = Admission::new(0);
+        admission.judge("ba", lease().deadlines(0), None, 0);
+        admission.tidy(1_000_000);
+        assert_eq!(admission.judge("ba", lease().deadlines(0), None, 1_000_000), Verdict::Repeated);
+    }
+
+    #[test]
+    fn a_spawn_of_another_process_time_is_refused() {
+        let mut admission = Admission::new(5_000);
+        // The earlier process's clock was an hour ahead, or its heartbeat lies before our start.
+        for base in [3_600_000, 4_999] {
+            let deadlines = lease().deadlines(base);
+            assert_eq!(admission.judge("ba", deadlines, Some(lease()), 6_000), Verdict::NotOurTime);
+        }
+        assert_eq!(admission.judge("ba", lease().deadlines(5_000), Some(lease()), 6_000), Verdict::Start);
+    }
+
+    #[test]
+    fn the_number_of_backends_is_bounded() {
+        let mut admission = Admission::new(0);
+        for i in 0..BACKENDS_MAX {
+            assert_eq!(admission.judge(&format!("ba-{i}"), lease().deadlines(0), None, 1), Verdict::Start);
+        }
+        assert_eq!(admission.judge("one-more", lease().deadlines(0), None, 1), Verdict::Full);
+    }
+}

@@ -1,0 +1,543 @@
+//! The drone's one decision maker: a task that owns the leases, the backends' lives and the reports, and is told of
+//! everything that happens. What it decides is decided by the pure parts; it carries the results between them.
+
+use crate::admission::{Admission, Verdict};
+use crate::clock::{AsyncBootTimer, DroneClock};
+use crate::data_dir::{BackendsDir, DataDir, DataDirError};
+use crate::lease::{Duty, LeaseKeeper, Renewal};
+use crate::life::{Effects, Fact, Life};
+use crate::outbox::Outbox;
+use crate::ports::Ports;
+use crate::readiness;
+use crate::runtime::{BackendSpec, Runtime, Want};
+use crate::session::SessionEvent;
+use holdfast_wire::drone::{
+    AcquiredKey, Action, ActionMessage, ControllerHandshake, MessageFromDrone, MessageToDrone, RenewItem,
+    RenewKeysRequest, RenewKeysResponse,
+};
+use holdfast_wire::http::Executable;
+use holdfast_wire::limits::RENEW_KEYS_MAX;
+use holdfast_wire::names::check_name;
+use holdfast_wire::{BackendState, BackendStatus, LeaseConfig, TerminationKind, TerminationReason};
+use std::collections::{BTreeMap, HashSet};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+use tracing::{debug, error, info, warn};
+
+/// Time from SIGTERM to SIGKILL of a soft end that was asked for, in milliseconds; the hard deadline may cut it short.
+pub const GRACE_MS: i64 = 10_000;
+/// Longest time that a stopping drone waits for its backends, in milliseconds.
+pub const STOP_MS_MAX: i64 = 30_000;
+/// And after killing what is left by then, in milliseconds.
+pub const STOP_KILL_MS: i64 = 3_000;
+/// Longest time that it waits for the last acknowledgements once its backends are gone, in milliseconds.
+pub const STOP_REPORT_MS: i64 = 3_000;
+/// Inputs that wait for the agent; whoever has one more waits too.
+pub const INPUTS_MAX: usize = 1_024;
+/// How often the backends' directories are tidied.
+const TIDY_INTERVAL: Duration = Duration::from_secs(10);
+/// Facts of one backend that wait for being passed on.
+const FACTS_MAX: usize = 16;
+
+/// What the agent is told.
+#[derive(Debug)]
+pub enum Input {
+    /// By the session with a controller.
+    Session(SessionEvent),
+    /// By the watch over a backend.
+    Backend {
+        /// Which.
+        id: String,
+        /// What.
+        fact: Fact,
+    },
+    /// To stop; the second time, at once.
+    Stop,
+}
+
+/// Why a drone gives up.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// The timer failed.
+    #[error("the deadline timer failed: {0}")]
+    Timer(#[from] io::Error),
+    /// The data directory failed.
+    #[error(transparent)]
+    DataDir(#[from] DataDirError),
+}
+
+struct Backend {
+    life: Life,
+    token: u64,
+    address: SocketAddr,
+    want: watch::Sender<Want>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Stopping {
+    /// When to kill what is left, in drone time.
+    kill_at: i64,
+    /// When to go in any case, in drone time.
+    leave_at: i64,
+    /// When the last backend was gone, in drone time.
+    over_at: Option<i64>,
+}
+
+/// See the module.
+pub struct Agent {
+    clock: DroneClock,
+    data_dir: DataDir,
+    dirs: BackendsDir,
+    runtime: Arc<dyn Runtime>,
+    inputs: mpsc::Sender<Input>,
+    keeper: LeaseKeeper,
+    admission: Admission,
+    outbox: Outbox,
+    ports: Ports,
+    backends: BTreeMap<String, Backend>,
+    /// To the controller, while there is a session.
+    session: Option<mpsc::Sender<MessageFromDrone>>,
+    lease: Option<LeaseConfig>,
+    cluster_id: Option<String>,
+    /// The id of a new cluster, while the old one's backends are being ended.
+    moving_to: Option<String>,
+    stopping: Option<Stopping>,
+}
+
+impl Agent {
+    /// An agent without backends. `inputs` is the other end of what [`Agent::run`] is given.
+    pub fn new(
+        clock: DroneClock,
+        data_dir: DataDir,
+        runtime: Arc<dyn Runtime>,
+        ip: IpAddr,
+        inputs: mpsc::Sender<Input>,
+    ) -> Result<Self, AgentError> {
+        Ok(Self {
+            clock,
+            cluster_id: data_dir.cluster_id()?,
+            dirs: data_dir.backends(),
+            data_dir,
+            runtime,
+            inputs,
+            keeper: LeaseKeeper::new(),
+            admission: Admission::new(clock.now_ms()),
+            outbox: Outbox::new(),
+            ports: Ports::new(ip),
+            backends: BTreeMap::new(),
+            session: None,
+            lease: None,
+            moving_to: None,
+            stopping: None,
+        })
+    }
+
+    /// Runs until it was told to stop and has ended its backends.
+    pub async fn run(mut self, mut inputs: mpsc::Receiver<Input>) -> Result<(), AgentError> {
+        let timer = AsyncBootTimer::new()?;
+        let mut tidy = tokio::time::interval(TIDY_INTERVAL);
+        tidy.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            // Deadlines first: an answer that waited in the queue past its deadline is too late.
+            self.due()?;
+            if self.has_stopped() {
+                return Ok(());
+            }
+            timer.arm(self.next_wake().map(|at| self.clock.to_boot_ms(at)))?;
+            tokio::select! {
+                input = inputs.recv() => match input {
+                    Some(input) => self.take(input)?,
+                    None => return Ok(()),
+                },
+                fired = timer.fired() => fired?,
+                _ = tidy.tick() => self.tidy(),
+            }
+        }
+    }
+
+    fn take(&mut self, input: Input) -> Result<(), AgentError> {
+        match input {
+            Input::Session(SessionEvent::Connected { handshake, sender }) => {
+                self.connected(handshake, sender)?
+            }
+            Input::Session(SessionEvent::Message(message)) => self.message(message)?,
+            Input::Session(SessionEvent::Lost) => {
+                self.session = None;
+                self.outbox.session_lost();
+            }
+            Input::Backend { id, fact } => self.fact(&id, fact)?,
+            Input::Stop => self.stop(),
+        }
+        Ok(())
+    }
+
+    /// Does what is due by now.
+    fn due(&mut self) -> Result<(), AgentError> {
+        let now = self.clock.now_ms();
+        let mut renewals = Vec::new();
+        for duty in self.keeper.due(now, || rand::random_range(0.5..=1.0)) {
+            match duty {
+                Duty::RenewNow { backend, token } => renewals.push(RenewItem { backend, token }),
+                Duty::SoftTerminate { backend, reason } => {
+                    warn!(backend, "its key was not renewed in time: ending it");
+                    self.end(&backend, TerminationKind::Soft, reason, i64::MAX);
+                }
+                Duty::HardTerminate { backend, reason } => {
+                    warn!(backend, "its key was not renewed in time: killing it");
+                    self.end(&backend, TerminationKind::Hard, reason, now);
+                }
+            }
+        }
+        for keys in renewals.chunks(RENEW_KEYS_MAX) {
+            let request = RenewKeysRequest { local_time: now, keys: keys.to_vec() };
+            self.send(MessageFromDrone::RenewKeys(request));
+        }
+        if self.stopping.is_some_and(|stopping| now >= stopping.kill_at) {
+            self.end_all(TerminationKind::Hard, TerminationReason::Swept, now);
+        }
+        if let Some(session) = &self.session {
+            self.outbox
+                .flush(now, |event| session.try_send(MessageFromDrone::BackendEvent(event.clone())).is_ok());
+        }
+        self.admission.tidy(now);
+        Ok(())
+    }
+
+    fn next_wake(&self) -> Option<i64> {
+        let reports = self.session.as_ref().and_then(|_| self.outbox.next_wake());
+        let now = self.clock.now_ms();
+        let stopping =
+            self.stopping.map(|s| if now < s.kill_at { s.kill_at.min(s.leave_at) } else { s.leave_at });
+        // A full queue to the session leaves reports that are overdue: look again soon, not at once for ever.
+        let reports = reports.map(|at| at.max(now + 10));
+        [self.keeper.next_wake(), reports, stopping].into_iter().flatten().min()
+    }
+
+    fn connected(
+        &mut self,
+        handshake: ControllerHandshake,
+        sender: mpsc::Sender<MessageFromDrone>,
+    ) -> Result<(), AgentError> {
+        let now = self.clock.now_ms();
+        self.session = Some(sender);
+        self.outbox.session_lost();
+        self.lease = handshake.lease;
+        self.keeper.ask_again(now);
+        match (handshake.cluster_id, &self.cluster_id) {
+            (Some(id), Some(known)) if id != *known => {
+                warn!("this is cluster {id}, not {known}: ending the old cluster's backends first");
+                self.moving_to = Some(id);
+                // The new cluster does not know these backends; nobody is there to be told of their end.
+                self.end_all(TerminationKind::Hard, TerminationReason::Lost, now);
+                self.move_on()?;
+            }
+            (Some(id), None) => {
+                self.data_dir.set_cluster_id(&id)?;
+                self.cluster_id = Some(id);
+            }
+            // The known cluster again: a move that was begun is called off; what it has ended stays ended.
+            (Some(_), Some(_)) => self.moving_to = None,
+            (None, _) => {}
+        }
+        Ok(())
+    }
+
+    /// Completes a move to another cluster when nothing of the old one is left.
+    fn move_on(&mut self) -> Result<(), AgentError> {
+        if self.moving_to.is_some() && self.backends.values().all(|b| b.life.is_over()) {
+            if let Some(id) = self.moving_to.take() {
+                self.data_dir.set_cluster_id(&id)?;
+                self.cluster_id = Some(id);
+            }
+            for id in std::mem::take(&mut self.backends).into_keys() {
+                self.outbox.forget(&id);
+                self.admission.finished(&id);
+            }
+        }
+        Ok(())
+    }
+
+    fn message(&mut self, message: MessageToDrone) -> Result<(), AgentError> {
+        match message {
+            // Repeated by the controller until the old cluster's backends are gone, or reports got through.
+            MessageToDrone::Action(_) if self.moving_to.is_some() || self.outbox.is_full() => {}
+            MessageToDrone::Action(action) => self.action(action),
+            MessageToDrone::AckEvent { event_id } => {
+                if let Some(event) = self.outbox.acknowledged(event_id)
+                    && event.state.status() == BackendStatus::Terminated
+                {
+                    self.backends.remove(&event.backend_id);
+                    self.admission.finished(&event.backend_id);
+                }
+            }
+            MessageToDrone::RenewKeysResponse(response) => self.renewed(response),
+            MessageToDrone::RenewKeyResponse(response) => {
+                let key = holdfast_wire::drone::RenewedKey {
+                    backend: response.backend,
+                    deadlines: response.deadlines,
+                    refused: None,
+                };
+                self.renewed(RenewKeysResponse { keys: vec![key] });
+            }
+        }
+        Ok(())
+    }
+
+    fn renewed(&mut self, response: RenewKeysResponse) {
+        let now = self.clock.now_ms();
+        for key in response.keys {
+            if let Some(deadlines) = key.deadlines {
+                match self.keeper.renewed(&key.backend, deadlines, now) {
+                    Renewal::Extended => {
+                        if let Some(backend) = self.backends.get(&key.backend) {
+                            backend.want.send_modify(|want| want.deadlines = deadlines);
+                        }
+                    }
+                    Renewal::Malformed => {
+                        warn!(backend = key.backend, "renewed with deadlines that cannot be ours")
+                    }
+                    other => debug!(backend = key.backend, ?other, "the answer to a renewal does not count"),
+                }
+            } else if let Some(refusal) = key.refused {
+                warn!(backend = key.backend, ?refusal, "its key is not renewed");
+                if let Some(Duty::HardTerminate { backend, reason }) =
+                    self.keeper.refused(&key.backend, refusal)
+                {
+                    self.end(&backend, TerminationKind::Hard, reason, now);
+                }
+            }
+        }
+    }
+
+    fn action(&mut self, message: ActionMessage) {
+        let ActionMessage { action_id, backend_id, action, .. } = message;
+        match action {
+            Action::Spawn { executable, key, static_token } => {
+                self.spawn(&backend_id, &executable, key, static_token);
+            }
+            Action::Terminate { kind, reason } => {
+                let grace_until = self.clock.now_ms().saturating_add(GRACE_MS);
+                if !self.end(&backend_id, kind, reason, grace_until) {
+                    debug!(backend = backend_id, "asked to end a backend that is not here, or is over");
+                }
+            }
+        }
+        // Without room the action comes again, and changes nothing then.
+        self.send(MessageFromDrone::AckAction { action_id });
+    }
+
+    fn spawn(
+        &mut self,
+        id: &str,
+        executable: &serde_json::Value,
+        key: AcquiredKey,
+        static_token: Option<String>,
+    ) {
+        let now = self.clock.now_ms();
+        let refuse = |agent: &mut Self, reason, problem: &str| {
+            warn!(backend = id, "not started: {problem}");
+            if !agent.outbox.holds(id) {
+                let last_status = BackendStatus::Scheduled;
+                let state = BackendState::Terminated {
+                    last_status,
+                    termination: None,
+                    reason: Some(reason),
+                    exit_code: None,
+                };
+                agent.outbox.push(id, state, now, Some(key.token));
+            }
+        };
+        if self.stopping.is_some() {
+            return refuse(self, TerminationReason::Swept, "this drone is stopping");
+        }
+        let executable = match check_name("backend_id", id).and_then(|()| Executable::parse(executable)) {
+            Ok(executable) => executable,
+            Err(e) => return refuse(self, TerminationReason::InternalError, &e.to_string()),
+        };
+        match self.admission.judge(id, key.deadlines, self.lease, now) {
+            Verdict::Start => {}
+            Verdict::Repeated => return,
+            Verdict::TooLate => {
+                return refuse(self, TerminationReason::KeyExpired, "its soft deadline has passed");
+            }
+            Verdict::NotOurTime => {
+                let problem = "its deadlines are not of this process's time";
+                return refuse(self, TerminationReason::KeyExpired, problem);
+            }
+            Verdict::Full => return refuse(self, TerminationReason::InternalError, "too many backends"),
+        }
+        let address = match self.ports.take() {
+            Ok(address) => address,
+            Err(e) => {
+                self.admission.finished(id);
+                return refuse(self, TerminationReason::InternalError, &format!("no port: {e}"));
+            }
+        };
+        info!(backend = id, key = key.key.name, token = key.token, %address, "starting");
+        self.keeper.acquired(id, key.token, key.deadlines);
+        let first = Want { deadlines: key.deadlines, end: None, kill_at: key.deadlines.hard_terminate_at };
+        let (want, wants) = watch::channel(first);
+        let mut life = Life::new(address);
+        let effects = life.begin();
+        self.backends.insert(id.to_owned(), Backend { life, token: key.token, address, want });
+        self.carry_out(id, effects, now);
+        let spec = BackendSpec {
+            id: id.to_owned(),
+            executable,
+            key: key.key,
+            token: key.token,
+            static_token,
+            address,
+        };
+        tokio::spawn(watch_backend(Arc::clone(&self.runtime), spec, wants, self.inputs.clone()));
+    }
+
+    /// Begins an end; grace ends at `kill_at` or the hard deadline. False if there is nothing to begin.
+    fn end(&mut self, id: &str, kind: TerminationKind, reason: TerminationReason, kill_at: i64) -> bool {
+        let Some(backend) = self.backends.get_mut(id) else { return false };
+        let effects = backend.life.end(kind, reason);
+        let begun = effects.end.is_some();
+        self.carry_out(id, effects, kill_at);
+        begun
+    }
+
+    fn end_all(&mut self, kind: TerminationKind, reason: TerminationReason, kill_at: i64) {
+        let ids: Vec<String> = self.backends.keys().cloned().collect();
+        for id in ids {
+            self.end(&id, kind, reason, kill_at);
+        }
+    }
+
+    fn fact(&mut self, id: &str, fact: Fact) -> Result<(), AgentError> {
+        let Some(backend) = self.backends.get_mut(id) else { return Ok(()) };
+        let gone = fact == Fact::Gone;
+        let exited = matches!(fact, Fact::Exited(_));
+        let effects = backend.life.learn(fact);
+        let address = backend.address;
+        let grace_until = self.clock.now_ms().saturating_add(GRACE_MS);
+        self.carry_out(id, effects, grace_until);
+        if exited {
+            // Nothing is left to renew the key for.
+            self.keeper.ending(id);
+        }
+        if gone {
+            self.keeper.ended(id);
+            self.ports.release(address);
+            self.move_on()?;
+        }
+        Ok(())
+    }
+
+    /// Reports the states, and passes the end on to the keeper and the guard.
+    fn carry_out(&mut self, id: &str, effects: Effects, kill_at: i64) {
+        let now = self.clock.now_ms();
+        let Some(backend) = self.backends.get(id) else { return };
+        for state in effects.states {
+            info!(backend = id, status = %state.status(), "reports");
+            self.outbox.push(id, state, now, Some(backend.token));
+        }
+        if let Some(kind) = effects.end {
+            self.keeper.ending(id);
+            backend.want.send_modify(|want| {
+                want.end = Some(kind);
+                want.kill_at = kill_at.min(want.deadlines.hard_terminate_at);
+            });
+        }
+    }
+
+    fn stop(&mut self) {
+        let now = self.clock.now_ms();
+        if self.stopping.is_some() {
+            warn!("asked to stop again: killing the backends");
+            let leave_at = now.saturating_add(STOP_KILL_MS);
+            self.stopping = Some(Stopping { kill_at: now, leave_at, over_at: None });
+            return;
+        }
+        info!(backends = self.backends.len(), "stopping");
+        let kill_at = now.saturating_add(STOP_MS_MAX);
+        let leave_at = kill_at.saturating_add(STOP_KILL_MS);
+        self.stopping = Some(Stopping { kill_at, leave_at, over_at: None });
+        self.end_all(TerminationKind::Soft, TerminationReason::Swept, now.saturating_add(GRACE_MS));
+    }
+
+    /// Whether it was told to stop and everything is ended and reported, or has taken too long.
+    fn has_stopped(&mut self) -> bool {
+        let Some(stopping) = &mut self.stopping else { return false };
+        let now = self.clock.now_ms();
+        if self.backends.values().all(|b| b.life.is_over()) {
+            stopping.leave_at =
+                stopping.leave_at.min(stopping.over_at.get_or_insert(now).saturating_add(STOP_REPORT_MS));
+            if self.outbox.is_empty() {
+                return true;
+            }
+        }
+        let late = now >= stopping.leave_at;
+        if late {
+            error!(
+                "leaves without having ended and reported everything; guards that are left keep their deadlines"
+            );
+        }
+        late
+    }
+
+    fn tidy(&self) {
+        let running: HashSet<String> =
+            self.backends.iter().filter(|(_, b)| !b.life.is_over()).map(|(id, _)| id.clone()).collect();
+        let dirs = self.dirs.clone();
+        tokio::task::spawn_blocking(move || {
+            if let Err(e) = dirs.tidy(&running) {
+                warn!("cannot tidy the backends' directories: {e}");
+            }
+        });
+    }
+
+    fn send(&self, message: MessageFromDrone) {
+        if let Some(session) = &self.session
+            && session.try_send(message).is_err()
+        {
+            debug!("no room in the session: the message is made again later");
+        }
+    }
+}
+
+/// Runs one backend and watches for its first answer; tells the agent what it finds.
+async fn watch_backend(
+    runtime: Arc<dyn Runtime>,
+    spec: BackendSpec,
+    wants: watch::Receiver<Want>,
+    inputs: mpsc::Sender<Input>,
+) {
+    let (id, address) = (spec.id.clone(), spec.address);
+    let (sender, mut facts) = mpsc::channel(FACTS_MAX);
+    let run = runtime.run(spec, wants, sender);
+    let pass_on = async {
+        // Polled only from the moment when the backend runs until it has answered.
+        let ready = readiness::answers(address);
+        tokio::pin!(ready);
+        let mut asking = false;
+        loop {
+            let fact = tokio::select! {
+                fact = facts.recv() => match fact {
+                    Some(fact) => fact,
+                    None => return,
+                },
+                answered = &mut ready, if asking => {
+                    asking = false;
+                    if answered { Fact::Ready } else { Fact::StartupTimeout }
+                }
+            };
+            match fact {
+                Fact::Started => asking = true,
+                Fact::Exited(_) | Fact::Killing => asking = false,
+                _ => {}
+            }
+            if inputs.send(Input::Backend { id: id.clone(), fact }).await.is_err() {
+                return;
+            }
+        }
+    };
+    tokio::join!(run, pass_on);
+}

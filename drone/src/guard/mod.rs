@@ -1,0 +1,118 @@
+//! The guard: a small process of its own above each backend, which ends the backend at its deadline even if the drone
+//! is dead, stopped or cut off. It is this program started anew as `holdfast-drone guard`, without tokio.
+//!
+//! ```text
+//!   drone ──stdin: Arm, then Update…──▶ guard ──fork──▶ init (PID 1 of a PID namespace; only reaps)
+//!     ▲                                   │                 ▲ killed with the guard (PDEATHSIG), and takes
+//!     └────────stdout: Report…────────────┤                 │ everything in the namespace with it
+//!                                         └─fork, exec──▶ backend ──▶ what the backend starts
+//! ```
+//!
+//! Lines of JSON both ways. The end of stdin means that the drone is gone: the backend then runs on until its soft
+//! deadline, where the guard asks it to end, and its hard deadline, where the guard kills everything.
+//!
+//! Invariants:
+//!
+//! 1. The guard is armed before the backend's first instruction, and looks at the clock between fork and exec.
+//! 2. From the hard deadline on nothing that the backend started is alive (but for the time that a kill takes).
+//!    Later deadlines count only while no end has begun.
+//! 3. The death of the guard is the death of everything below it.
+//! 4. [`Report::Gone`] is the last report, and means that nothing is left.
+//!
+//! Without the right to make a PID namespace (not root) the guard is a child subreaper and kills all its descendants
+//! instead. Then 3 holds for the backend's main process only; the drone looks for the rest by their environment.
+
+mod contain;
+mod process;
+pub mod timeline;
+
+pub use process::main;
+
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+/// The argument that makes this program a guard.
+pub const GUARD_ARGUMENT: &str = "guard";
+/// Longest line of the protocol, in bytes: a command and environment, escaped.
+pub const LINE_BYTES_MAX: usize = 8 * 1024 * 1024;
+
+/// The first line to a guard.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Arm {
+    /// Program and arguments.
+    pub command: Vec<String>,
+    /// The whole environment.
+    pub env: BTreeMap<String, String>,
+    /// Working directory.
+    pub cwd: PathBuf,
+    /// Receives standard output and error.
+    pub log: PathBuf,
+    /// The deadlines.
+    pub update: Update,
+}
+
+/// Every later line to a guard: what the drone wants by now. The latest counts; an end that has begun is not taken back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Update {
+    /// When to ask the backend to end, in milliseconds of `CLOCK_BOOTTIME`.
+    pub soft_boot_ms: i64,
+    /// When to kill everything, in milliseconds of `CLOCK_BOOTTIME`.
+    pub hard_boot_ms: i64,
+    /// End it now.
+    pub end: Option<EndNow>,
+}
+
+/// How to end a backend now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EndNow {
+    /// SIGTERM to its process group, and a kill at this moment of `CLOCK_BOOTTIME` (milliseconds) or the hard deadline.
+    Soft {
+        /// When grace is over.
+        kill_boot_ms: i64,
+    },
+    /// SIGKILL to everything.
+    Hard,
+}
+
+/// A line from a guard.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Report {
+    /// The PID namespace stands; its init is this process. Comes before the backend is started.
+    Contained {
+        /// As the drone sees it.
+        init_pid: i32,
+    },
+    /// There is no PID namespace: the descendants will be hunted down one by one.
+    Uncontained {
+        /// Why.
+        problem: String,
+    },
+    /// The backend's main process runs.
+    Started {
+        /// As the drone sees it.
+        pid: i32,
+    },
+    /// It was not started.
+    NotStarted {
+        /// Because its deadline has passed.
+        late: bool,
+        /// Why.
+        problem: String,
+    },
+    /// The guard began a graceful end by itself, at the soft deadline.
+    SoftDeadline,
+    /// Everything is being killed.
+    Killing,
+    /// The main process has ended.
+    Exited {
+        /// Its exit code; none if a signal ended it.
+        code: Option<i32>,
+        /// The signal that ended it.
+        signal: Option<i32>,
+    },
+    /// Nothing is left.
+    Gone,
+}

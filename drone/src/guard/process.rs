@@ -1,0 +1,313 @@
+//! The guard process itself.
+
+use super::contain::{Container, contain, kill_all, log_line};
+use super::timeline::{Step, Timeline};
+use super::{Arm, LINE_BYTES_MAX, Report, Update};
+use crate::clock::{BootTimer, boot_ms};
+use nix::errno::Errno;
+use nix::sys::prctl;
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, killpg, sigprocmask};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::{Pid, setsid};
+use std::fs::OpenOptions;
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, ExitCode, Stdio};
+
+/// While everything is being killed, the kill is repeated this often, in milliseconds: a process tree may grow while it
+/// is walked.
+const KILL_REPEAT_MS: i32 = 20;
+/// Exit code of a guard that could not do its work at all.
+const EXIT_BROKEN: u8 = 70;
+
+/// Runs a guard to its end: see the module above.
+pub fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            log_line(&format!("{e}"));
+            ExitCode::from(EXIT_BROKEN)
+        }
+    }
+}
+
+fn run() -> io::Result<()> {
+    // Nothing of the drone's parent's may be held open from here on, least of all other backends' pipes.
+    // SAFETY: no Rust object owns a descriptor from 3 on yet.
+    unsafe { libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, 0u32) };
+    let _ = prctl::set_name(c"holdfast-guard");
+    // The guard outlives Ctrl-C, hang-ups and a drone's stop; children of ours unblock everything again.
+    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None)?;
+    let mut input = Input::new();
+    let Some(first) = input.first_line()? else { return Ok(()) };
+    let arm: Arm = serde_json::from_slice(&first).map_err(io::Error::other)?;
+    let mut children = SigSet::empty();
+    children.add(Signal::SIGCHLD);
+    let signals = SignalFd::with_flags(&children, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
+    let timer = BootTimer::new()?;
+    let timeline = Timeline::new(arm.update);
+    let container = contain();
+    match &container {
+        Container::Namespace(init) => report(&Report::Contained { init_pid: init.as_raw() }),
+        Container::Tree(problem) => {
+            log_line(problem);
+            report(&Report::Uncontained { problem: problem.clone() });
+        }
+    }
+    Guard { arm, timeline, container, backend: None, killing: false }.guard(&mut input, &signals, &timer)
+}
+
+struct Guard {
+    arm: Arm,
+    timeline: Timeline,
+    container: Container,
+    /// The main process, until it is reaped.
+    backend: Option<Pid>,
+    killing: bool,
+}
+
+impl Guard {
+    fn guard(mut self, input: &mut Input, signals: &SignalFd, timer: &BootTimer) -> io::Result<()> {
+        // What the drone has said in the meantime counts before the start.
+        self.take_updates(input);
+        match self.start() {
+            Ok(pid) => {
+                self.backend = Some(pid);
+                report(&Report::Started { pid: pid.as_raw() });
+            }
+            Err(NotStarted { late, problem }) => {
+                log_line(&format!("not started: {problem}"));
+                report(&Report::NotStarted { late, problem });
+                self.kill();
+            }
+        }
+        loop {
+            match self.timeline.due(boot_ms()) {
+                Step::Wait => {}
+                Step::Term { by_deadline } => {
+                    if by_deadline && self.backend.is_some() {
+                        report(&Report::SoftDeadline);
+                    }
+                    if let Some(backend) = self.backend {
+                        let _ = killpg(backend, Signal::SIGTERM);
+                    }
+                }
+                Step::Kill => {
+                    if self.backend.is_some() {
+                        report(&Report::Killing);
+                    }
+                    self.kill();
+                }
+            }
+            if self.reap() {
+                report(&Report::Gone);
+                return Ok(());
+            }
+            if self.killing {
+                kill_all(&self.container, self.backend);
+            }
+            timer.arm(self.timeline.next_wake())?;
+            self.wait(input, signals, timer)?;
+            self.take_updates(input);
+        }
+    }
+
+    /// Starts the backend, unless its time has passed.
+    fn start(&self) -> Result<Pid, NotStarted> {
+        let late =
+            || NotStarted { late: true, problem: "its deadline has passed or its end was asked for".into() };
+        if !self.timeline.may_start(boot_ms()) {
+            return Err(late());
+        }
+        let start_before = self.timeline.start_before();
+        // In a namespace of its own the backend cannot see its parent, and need not: init is bound to the guard.
+        let parent = match self.container {
+            Container::Namespace(_) => None,
+            Container::Tree(_) => Some(Pid::this()),
+        };
+        let mut command = self.command().map_err(NotStarted::from_io)?;
+        // SAFETY: only async-signal-safe calls between fork and exec.
+        unsafe {
+            command.pre_exec(move || {
+                setsid()?;
+                prctl::set_pdeathsig(Signal::SIGKILL)?;
+                if parent.is_some_and(|parent| Pid::parent() != parent) {
+                    return Err(Errno::ECHILD.into());
+                }
+                for number in 1..32 {
+                    libc::signal(number, libc::SIG_DFL);
+                }
+                sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
+                // The machine may have slept since: this is the last look before the backend's first instruction.
+                if boot_ms() >= start_before { Err(Errno::ETIME.into()) } else { Ok(()) }
+            });
+        }
+        let child = command.spawn().map_err(|e| match e.raw_os_error() {
+            Some(libc::ETIME) => late(),
+            _ => NotStarted::from_io(e),
+        })?;
+        // `child` is reaped by number, with everything else; dropping it does nothing.
+        i32::try_from(child.id()).map(Pid::from_raw).map_err(|e| NotStarted::from_io(io::Error::other(e)))
+    }
+
+    fn command(&self) -> io::Result<Command> {
+        let Some((program, arguments)) = self.arm.command.split_first() else {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the command is empty"));
+        };
+        let log = OpenOptions::new().create(true).append(true).open(&self.arm.log)?;
+        let mut command = Command::new(program);
+        command
+            .args(arguments)
+            .env_clear()
+            .envs(&self.arm.env)
+            .current_dir(&self.arm.cwd)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        Ok(command)
+    }
+
+    fn kill(&mut self) {
+        self.killing = true;
+        kill_all(&self.container, self.backend);
+    }
+
+    /// Reaps what has ended; true when nothing is left.
+    fn reap(&mut self) -> bool {
+        loop {
+            let (pid, code, signal) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::Exited(pid, code)) => (pid, Some(code), None),
+                Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, None, Some(signal as i32)),
+                Ok(WaitStatus::StillAlive) => return false,
+                Ok(_) | Err(Errno::EINTR) => continue,
+                Err(_) => return true,
+            };
+            let is_init = matches!(self.container, Container::Namespace(init) if init == pid);
+            if self.backend == Some(pid) {
+                self.backend = None;
+                report(&Report::Exited { code, signal });
+                // What it has started does not outlive it.
+                self.kill();
+            } else if is_init && !self.killing {
+                // Somebody killed the init: the kernel kills the rest.
+                log_line("the namespace's init has ended");
+                self.killing = true;
+            }
+        }
+    }
+
+    /// Waits for the drone, a child's end or the timer.
+    fn wait(&self, input: &Input, signals: &SignalFd, timer: &BootTimer) -> io::Result<()> {
+        let poll = |fd: RawFd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+        // A negative descriptor is left out by poll(2).
+        let mut fds = [
+            poll(signals.as_raw_fd()),
+            poll(timer.as_raw_fd()),
+            poll(if input.ended { -1 } else { libc::STDIN_FILENO }),
+        ];
+        let timeout_ms = if self.killing { KILL_REPEAT_MS } else { -1 };
+        // SAFETY: `fds` is a valid array of its length.
+        let rc = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout_ms) };
+        if rc < 0 && Errno::last() != Errno::EINTR {
+            return Err(Errno::last().into());
+        }
+        timer.clear()?;
+        // Several ends share one signal: its count says nothing, and reap() looks at all children.
+        while signals.read_signal()?.is_some() {}
+        Ok(())
+    }
+
+    fn take_updates(&mut self, input: &mut Input) {
+        for line in input.lines() {
+            match serde_json::from_slice::<Update>(&line) {
+                Ok(update) => self.timeline.update(update),
+                Err(e) => log_line(&format!("unreadable line from the drone: {e}")),
+            }
+        }
+    }
+}
+
+struct NotStarted {
+    late: bool,
+    problem: String,
+}
+
+impl NotStarted {
+    fn from_io(e: io::Error) -> Self {
+        Self { late: false, problem: e.to_string() }
+    }
+}
+
+/// Writes a line to the drone. If the drone is gone, nobody is there to be told.
+fn report(report: &Report) {
+    if let Ok(mut line) = serde_json::to_vec(report) {
+        line.push(b'\n');
+        let _ = io::stdout().write_all(&line);
+        let _ = io::stdout().flush();
+    }
+}
+
+/// The lines on stdin.
+struct Input {
+    buffer: Vec<u8>,
+    /// The drone is gone, or has sent what is no line.
+    ended: bool,
+}
+
+impl Input {
+    fn new() -> Self {
+        Self { buffer: Vec::new(), ended: false }
+    }
+
+    /// Waits for the first line; none if the drone goes away before it.
+    fn first_line(&mut self) -> io::Result<Option<Vec<u8>>> {
+        loop {
+            if let Some(line) = self.take_line() {
+                return Ok(Some(line));
+            }
+            if self.ended {
+                return Ok(None);
+            }
+            self.read_once();
+        }
+    }
+
+    /// What has arrived since, without waiting.
+    fn lines(&mut self) -> Vec<Vec<u8>> {
+        while !self.ended && readable_now(libc::STDIN_FILENO) {
+            self.read_once();
+        }
+        std::iter::from_fn(|| self.take_line()).collect()
+    }
+
+    fn take_line(&mut self) -> Option<Vec<u8>> {
+        let end = self.buffer.iter().position(|b| *b == b'\n')?;
+        let mut line: Vec<u8> = self.buffer.drain(..=end).collect();
+        line.pop();
+        Some(line)
+    }
+
+    fn read_once(&mut self) {
+        let mut chunk = [0u8; 16 * 1024];
+        // SAFETY: descriptor 0 stays open for the life of the guard.
+        let stdin = unsafe { BorrowedFd::borrow_raw(libc::STDIN_FILENO) };
+        match nix::unistd::read(stdin, &mut chunk) {
+            Ok(0) => self.ended = true,
+            Ok(n) => self.buffer.extend_from_slice(&chunk[..n]),
+            Err(Errno::EINTR) => {}
+            Err(_) => self.ended = true,
+        }
+        if self.buffer.len() > LINE_BYTES_MAX {
+            log_line("a line from the drone is too long");
+            self.ended = true;
+        }
+    }
+}
+
+fn readable_now(fd: RawFd) -> bool {
+    let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    // SAFETY: one valid pollfd.
+    unsafe { libc::poll(&raw mut poll, 1, 0) > 0 }
+}

@@ -1,0 +1,328 @@
+//! The life of one backend as the drone reports it. Pure: facts from the runtime and decisions to end it go in, the
+//! states to report and what the guard must do come out.
+//!
+//! Invariants:
+//!
+//! 1. Reported states only go forward in the order of [`BackendStatus`], each at most once.
+//! 2. `terminated` is reported only on [`Fact::Gone`]: nothing of the backend is left.
+//! 3. An end that has begun is never taken back; it can only turn from soft to hard.
+
+use holdfast_wire::{BackendState, BackendStatus, TerminationKind, TerminationReason};
+use std::net::SocketAddr;
+
+/// What a runtime, or the watch over a backend, has found out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fact {
+    /// What it needs is there; it is being started.
+    Starting,
+    /// It runs; it does not answer yet.
+    Started,
+    /// It answers HTTP.
+    Ready,
+    /// It did not answer HTTP in time.
+    StartupTimeout,
+    /// It was not started, because its time had run out.
+    StartedTooLate,
+    /// It could not be started, or its guard failed.
+    Failed,
+    /// Its guard began a graceful end at the soft deadline by itself.
+    SoftDeadline,
+    /// Its guard is killing it: grace is over, or the hard deadline has come.
+    Killing,
+    /// Its main process has ended; no code if a signal ended it.
+    Exited(Option<i32>),
+    /// Nothing of it is left.
+    Gone,
+}
+
+/// What has to be done after an input.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Effects {
+    /// States to report, in order.
+    pub states: Vec<BackendState>,
+    /// The guard must begin this kind of end.
+    pub end: Option<TerminationKind>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct End {
+    kind: TerminationKind,
+    /// Of the first decision to end it.
+    reason: TerminationReason,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Life {
+    address: SocketAddr,
+    /// The latest that was reported.
+    status: BackendStatus,
+    /// The latest before an end was begun.
+    status_alive: BackendStatus,
+    end: Option<End>,
+    exited: bool,
+    exit_code: Option<i32>,
+    /// Why it ended, where nobody decided to end it.
+    failure: Option<TerminationReason>,
+}
+
+impl Life {
+    /// A backend that was scheduled here, to answer at `address`.
+    pub fn new(address: SocketAddr) -> Self {
+        Self {
+            address,
+            status: BackendStatus::Scheduled,
+            status_alive: BackendStatus::Scheduled,
+            end: None,
+            exited: false,
+            exit_code: None,
+            failure: None,
+        }
+    }
+
+    /// The drone has taken it on.
+    pub fn begin(&mut self) -> Effects {
+        let mut effects = Effects::default();
+        self.advance(BackendState::Loading, &mut effects);
+        effects
+    }
+
+    /// The runtime has found something out.
+    pub fn learn(&mut self, fact: Fact) -> Effects {
+        let mut effects = Effects::default();
+        let address = self.address;
+        match fact {
+            Fact::Starting => self.advance(BackendState::Starting, &mut effects),
+            Fact::Started => self.advance(BackendState::Waiting { address }, &mut effects),
+            Fact::Ready if !self.exited => self.advance(BackendState::Ready { address }, &mut effects),
+            Fact::Ready => {}
+            Fact::StartupTimeout if !self.exited => {
+                return self.end(TerminationKind::Soft, TerminationReason::StartupTimeout);
+            }
+            Fact::StartupTimeout => {}
+            Fact::StartedTooLate => self.failure = Some(TerminationReason::KeyExpired),
+            Fact::Failed => self.failure = Some(TerminationReason::InternalError),
+            Fact::SoftDeadline if !self.exited => {
+                return self.end(TerminationKind::Soft, TerminationReason::KeyExpired);
+            }
+            Fact::SoftDeadline => {}
+            // What remains of a backend that has ended by itself is killed too; that is not an end of ours.
+            Fact::Killing if self.exited && self.end.is_none() => {}
+            Fact::Killing => {
+                let reason = self.end.map_or(TerminationReason::KeyExpired, |end| end.reason);
+                return self.end(TerminationKind::Hard, reason);
+            }
+            Fact::Exited(code) => {
+                self.exited = true;
+                self.exit_code = code;
+            }
+            Fact::Gone => {
+                let terminated = BackendState::Terminated {
+                    last_status: self.status_alive,
+                    termination: self.end.map(|end| end.kind),
+                    reason: self.end.map(|end| end.reason).or(self.failure),
+                    exit_code: self.exit_code,
+                };
+                self.advance(terminated, &mut effects);
+            }
+        }
+        effects
+    }
+
+    /// Somebody decided to end it.
+    pub fn end(&mut self, kind: TerminationKind, reason: TerminationReason) -> Effects {
+        let mut effects = Effects::default();
+        if self.is_over() {
+            return effects;
+        }
+        let first = self.end.is_none();
+        let last_status = self.status_alive;
+        match (self.end, kind) {
+            (None, _) => self.end = Some(End { kind, reason }),
+            (Some(End { kind: TerminationKind::Soft, reason: first }), TerminationKind::Hard) => {
+                self.end = Some(End { kind, reason: first });
+            }
+            // Already being ended as firmly as that.
+            (Some(_), _) => return effects,
+        }
+        effects.end = Some(kind);
+        match kind {
+            TerminationKind::Soft => {
+                debug_assert!(first, "only the first end can be soft");
+                let state = BackendState::Terminating { last_status, termination: kind, reason };
+                self.advance(state, &mut effects);
+            }
+            TerminationKind::Hard => {
+                self.advance(BackendState::HardTerminating { last_status, reason }, &mut effects);
+            }
+        }
+        effects
+    }
+
+    /// Whether an end has begun.
+    pub fn is_ending(&self) -> bool {
+        self.end.is_some()
+    }
+
+    /// Whether `terminated` was reported.
+    pub fn is_over(&self) -> bool {
+        self.status == BackendStatus::Terminated
+    }
+
+    fn advance(&mut self, state: BackendState, effects: &mut Effects) {
+        let status = state.status();
+        if status <= self.status {
+            return;
+        }
+        self.status = status;
+        if status < BackendStatus::Terminating {
+            self.status_alive = status;
+        }
+        effects.states.push(state);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use TerminationKind::{Hard, Soft};
+    use TerminationReason::{External, InternalError, KeyExpired, StartupTimeout};
+
+    fn address() -> SocketAddr {
+        "127.0.0.1:4000".parse().unwrap()
+    }
+
+    fn terminated(
+        last_status: BackendStatus,
+        termination: Option<TerminationKind>,
+        reason: Option<TerminationReason>,
+        exit_code: Option<i32>,
+    ) -> BackendState {
+        BackendState::Terminated { last_status, termination, reason, exit_code }
+    }
+
+    fn ready() -> Life {
+        let mut life = Life::new(address());
+        life.begin();
+        for fact in [Fact::Starting, Fact::Started, Fact::Ready] {
+            life.learn(fact);
+        }
+        assert_eq!(life.status, BackendStatus::Ready);
+        life
+    }
+
+    #[test]
+    fn a_backend_that_ends_by_itself_goes_through_every_state_once() {
+        let mut life = Life::new(address());
+        let mut states = life.begin().states;
+        let facts = [
+            Fact::Starting,
+            Fact::Starting,
+            Fact::Started,
+            Fact::Ready,
+            Fact::Started,
+            Fact::Exited(Some(3)),
+            Fact::Killing,
+            Fact::Gone,
+            Fact::Gone,
+        ];
+        for fact in facts {
+            let effects = life.learn(fact);
+            assert_eq!(effects.end, None);
+            states.extend(effects.states);
+        }
+        assert_eq!(
+            states,
+            [
+                BackendState::Loading,
+                BackendState::Starting,
+                BackendState::Waiting { address: address() },
+                BackendState::Ready { address: address() },
+                terminated(BackendStatus::Ready, None, None, Some(3)),
+            ]
+        );
+        assert!(life.is_over());
+    }
+
+    #[test]
+    fn soft_then_hard_keeps_the_first_reason_in_the_end() {
+        let mut life = ready();
+        let soft = life.end(Soft, External);
+        assert_eq!(soft.end, Some(Soft));
+        let last_status = BackendStatus::Ready;
+        assert_eq!(
+            soft.states,
+            [BackendState::Terminating { last_status, termination: Soft, reason: External }]
+        );
+        let hard = life.end(Hard, KeyExpired);
+        assert_eq!(hard.end, Some(Hard));
+        assert_eq!(hard.states, [BackendState::HardTerminating { last_status, reason: KeyExpired }]);
+        life.learn(Fact::Exited(None));
+        assert_eq!(
+            life.learn(Fact::Gone).states,
+            [terminated(last_status, Some(Hard), Some(External), None)]
+        );
+    }
+
+    #[test]
+    fn an_end_is_neither_repeated_nor_taken_back() {
+        let mut life = ready();
+        life.end(Hard, External);
+        assert_eq!(life.end(Soft, KeyExpired), Effects::default());
+        assert_eq!(life.end(Hard, KeyExpired), Effects::default());
+        assert_eq!(life.learn(Fact::Killing), Effects::default());
+        assert_eq!(life.learn(Fact::SoftDeadline), Effects::default());
+        life.learn(Fact::Gone);
+        assert_eq!(life.end(Hard, External), Effects::default());
+    }
+
+    #[test]
+    fn a_guard_that_acts_by_itself_is_reported_as_an_expired_key() {
+        let mut life = ready();
+        let last_status = BackendStatus::Ready;
+        assert_eq!(
+            life.learn(Fact::SoftDeadline).states,
+            [BackendState::Terminating { last_status, termination: Soft, reason: KeyExpired }]
+        );
+        assert_eq!(
+            life.learn(Fact::Killing).states,
+            [BackendState::HardTerminating { last_status, reason: KeyExpired }]
+        );
+    }
+
+    #[test]
+    fn ready_after_the_end_began_is_not_reported() {
+        let mut life = Life::new(address());
+        life.begin();
+        life.learn(Fact::Starting);
+        life.learn(Fact::Started);
+        life.end(Soft, External);
+        assert_eq!(life.learn(Fact::Ready), Effects::default());
+    }
+
+    #[test]
+    fn a_startup_timeout_ends_it_softly() {
+        let mut life = Life::new(address());
+        life.begin();
+        life.learn(Fact::Started);
+        assert_eq!(life.learn(Fact::StartupTimeout).end, Some(Soft));
+        life.learn(Fact::Exited(Some(0)));
+        assert_eq!(
+            life.learn(Fact::Gone).states,
+            [terminated(BackendStatus::Waiting, Some(Soft), Some(StartupTimeout), Some(0))]
+        );
+    }
+
+    #[test]
+    fn a_backend_that_was_never_started_says_why() {
+        for (fact, reason) in [(Fact::StartedTooLate, KeyExpired), (Fact::Failed, InternalError)] {
+            let mut life = Life::new(address());
+            life.begin();
+            life.learn(fact);
+            assert_eq!(
+                life.learn(Fact::Gone).states,
+                [terminated(BackendStatus::Loading, None, Some(reason), None)]
+            );
+        }
+    }
+}

@@ -1,0 +1,457 @@
+//! A real drone, its guards and backends, and a controller that the test plays: what is said on the socket.
+
+mod common;
+
+use common::*;
+use holdfast_wire::drone::{
+    Action, MessageFromDrone, MessageToDrone, RenewKeysResponse, RenewRefusal, RenewedKey,
+};
+use holdfast_wire::{BackendState, BackendStatus, TerminationKind, TerminationReason};
+use nix::sys::signal::Signal;
+use std::time::{Duration, Instant};
+
+const FOREVER: &str = "exec sleep 300";
+/// Ends within 20 ms of SIGTERM.
+const GRACEFUL: &str = "trap 'exit 3' TERM; echo up; while :; do sleep 0.02; done";
+const STUBBORN: &str = "trap '' TERM; echo up; while :; do sleep 300; done";
+
+fn terminate(kind: TerminationKind) -> Action {
+    Action::Terminate { kind, reason: TerminationReason::External }
+}
+
+fn refusal(backend: &str, refused: RenewRefusal) -> MessageToDrone {
+    let key = RenewedKey { backend: backend.to_owned(), deadlines: None, refused: Some(refused) };
+    MessageToDrone::RenewKeysResponse(RenewKeysResponse { keys: vec![key] })
+}
+
+#[tokio::test]
+async fn from_handshake_to_terminated() {
+    let mut fake = Fake::start(short_lease()).await;
+    let dir = tempfile::tempdir().unwrap();
+    let drone = Drone::start(&fake.url, dir.path());
+    let mut conn = fake.conn().await;
+    assert_eq!(conn.handshake.name, "dr-test");
+    assert!(conn.handshake.incarnation.as_ref().is_some_and(|i| i.len() == 32));
+    assert_eq!((conn.path_cluster.as_str(), conn.pool.as_str()), ("c.example:1", "p"));
+    // A heartbeat first, and then often enough for the lease.
+    let MessageFromDrone::Heartbeat(first) = conn.any().await else { panic!("a heartbeat comes first") };
+    let second = conn.heartbeat().await;
+    assert!(second >= first.local_time && second - first.local_time < 300);
+
+    let backend = "ba-whole-life";
+    let script = "env; trap 'exit 3' TERM; echo up; while :; do sleep 0.02; done";
+    conn.spawn(backend, script).await;
+    let acknowledged = conn
+        .until("an acknowledgement", |message| match message {
+            MessageFromDrone::AckAction { action_id } => Some(action_id),
+            MessageFromDrone::BackendEvent(event) => panic!("{event:?} before the acknowledgement"),
+            _ => None,
+        })
+        .await;
+    assert_eq!(acknowledged, "spawn-ba-whole-life");
+    conn.expect(backend, BackendStatus::Loading).await;
+    conn.expect(backend, BackendStatus::Starting).await;
+    let address = conn.expect(backend, BackendStatus::Waiting).await.address().unwrap();
+    drone.wrote(backend, "up\n").await;
+    // Not ready before something answers at its port.
+    let server = answer_http(address).await;
+    assert_eq!(conn.expect(backend, BackendStatus::Ready).await.address(), Some(address));
+    server.abort();
+
+    let env = drone.output(backend);
+    for expected in [
+        format!("PORT={}", address.port()),
+        format!("SESSION_BACKEND_ID={backend}"),
+        "SESSION_BACKEND_KEY=room".to_owned(),
+        format!("SESSION_BACKEND_FENCING_TOKEN={TOKEN}"),
+        "SESSION_BACKEND_STATIC_TOKEN=st".to_owned(),
+        "MINE=yes".to_owned(),
+    ] {
+        assert!(env.lines().any(|line| line == expected), "{expected} in {env}");
+    }
+    assert!(!env.contains("RUST_LOG"), "the drone's own environment is not passed on");
+
+    // Renewed until well past the first hard deadline; a repeated spawn changes nothing.
+    let first_hard_at = conn.lease.deadlines(first.local_time).hard_terminate_at;
+    loop {
+        let renewal = conn.renewal().await;
+        assert_eq!((renewal.keys[0].backend.as_str(), renewal.keys[0].token), (backend, TOKEN));
+        if renewal.local_time > first_hard_at + 500 {
+            break;
+        }
+    }
+    conn.act("again", backend, conn.spawn_action(script, conn.latest_heartbeat));
+    conn.until("an acknowledgement", |message| match message {
+        MessageFromDrone::AckAction { action_id } if action_id == "again" => Some(()),
+        MessageFromDrone::BackendEvent(event) => panic!("{event:?}"),
+        _ => None,
+    })
+    .await;
+
+    conn.act("end", backend, terminate(TerminationKind::Soft));
+    let (last_status, reason) = (BackendStatus::Ready, TerminationReason::External);
+    assert_eq!(
+        conn.expect(backend, BackendStatus::Terminating).await,
+        BackendState::Terminating { last_status, termination: TerminationKind::Soft, reason }
+    );
+    let termination = Some(TerminationKind::Soft);
+    assert_eq!(
+        conn.expect(backend, BackendStatus::Terminated).await,
+        BackendState::Terminated { last_status, termination, reason: Some(reason), exit_code: Some(3) }
+    );
+    assert_eq!(alive(backend), 0);
+}
+
+#[tokio::test]
+async fn events_are_repeated_until_acknowledged_also_over_a_new_session() {
+    let mut fake = Fake::start(lease(30_000, 40_000, 50_000)).await;
+    let dir = tempfile::tempdir().unwrap();
+    let _drone = Drone::start(&fake.url, dir.path());
+    let mut conn = fake.conn().await;
+    conn.acknowledge = false;
+    conn.spawn("ba-repeat", FOREVER).await;
+    let mut sent = Vec::new();
+    for status in [BackendStatus::Loading, BackendStatus::Starting, BackendStatus::Waiting] {
+        let event = conn.event().await;
+        assert_eq!(event.state.status(), status);
+        sent.push(event);
+    }
+    // Nothing is acknowledged: all again, in order, the same.
+    for event in &sent {
+        assert_eq!(conn.event().await, *event);
+    }
+    // The second is: then only the others over a new session.
+    conn.send(MessageToDrone::AckEvent { event_id: sent[1].event_id });
+    conn.send_raw("not json");
+    conn.send_raw(r#"{"FromTheFuture":{}}"#);
+    conn.act("marker", "ba-unknown", terminate(TerminationKind::Soft));
+    conn.until("the marker", |message| {
+        matches!(message, MessageFromDrone::AckAction { action_id } if action_id == "marker").then_some(())
+    })
+    .await;
+    let incarnation = conn.handshake.incarnation.clone();
+    conn.drop_it();
+    let mut conn = fake.conn().await;
+    assert_eq!(conn.handshake.incarnation, incarnation, "one for each process, not for each session");
+    assert_eq!(conn.event().await, sent[0]);
+    assert_eq!(conn.event().await, sent[2]);
+}
+
+#[tokio::test]
+async fn a_spawn_that_comes_too_late_or_from_another_time_is_not_started() {
+    let mut fake = Fake::start(short_lease()).await;
+    let dir = tempfile::tempdir().unwrap();
+    let _drone = Drone::start(&fake.url, dir.path());
+    let mut conn = fake.conn().await;
+    let now = conn.heartbeat().await;
+    let hour_ms = 3_600_000;
+    for (backend, local_time) in
+        [("ba-late", now - 3_000), ("ba-future", now + hour_ms), ("ba-past", now - 2_500)]
+    {
+        let script = format!("touch {}/started", dir.path().display());
+        conn.act("a", backend, conn.spawn_action(&script, local_time));
+        assert_eq!(
+            conn.expect(backend, BackendStatus::Terminated).await,
+            BackendState::Terminated {
+                last_status: BackendStatus::Scheduled,
+                termination: None,
+                reason: Some(TerminationReason::KeyExpired),
+                exit_code: None,
+            }
+        );
+    }
+    assert!(!dir.path().join("started").exists());
+}
+
+#[tokio::test]
+async fn what_cannot_be_run_is_terminated_with_a_reason() {
+    let mut fake = Fake::start(lease(30_000, 40_000, 50_000)).await;
+    let dir = tempfile::tempdir().unwrap();
+    let _drone = Drone::start(&fake.url, dir.path());
+    let mut conn = fake.conn().await;
+    let now = conn.heartbeat().await;
+    for (backend, executable) in [
+        ("ba-container", serde_json::json!({"image": "x"})),
+        ("ba-nothing", serde_json::json!({})),
+        ("ba-missing", serde_json::json!({"command": ["/nonexistent"]})),
+        ("../escape", serde_json::json!({"command": ["true"]})),
+    ] {
+        let Action::Spawn { key, .. } = conn.spawn_action("", now) else { unreachable!() };
+        conn.act("a", backend, Action::Spawn { executable, key, static_token: None });
+        let terminated = loop {
+            let event = conn.event().await;
+            assert_eq!(event.backend_id, backend);
+            if let BackendState::Terminated { termination, reason, .. } = event.state {
+                break (termination, reason);
+            }
+        };
+        assert_eq!(terminated, (None, Some(TerminationReason::InternalError)), "{backend}");
+    }
+}
+
+#[tokio::test]
+async fn a_backend_that_is_not_the_holder_is_killed_at_once() {
+    let mut fake = Fake::start(short_lease()).await;
+    let dir = tempfile::tempdir().unwrap();
+    let drone = Drone::start(&fake.url, dir.path());
+    let mut conn = fake.conn().await;
+    conn.waiting("ba-not-holder", STUBBORN).await;
+    drone.wrote("ba-not-holder", "up").await;
+    conn.renew = false;
+    let asked = conn.renewal().await;
+    conn.send(refusal("ba-not-holder", RenewRefusal::NotHolder));
+    conn.expect("ba-not-holder", BackendStatus::HardTerminating).await;
+    let event = conn.event().await;
+    assert_eq!(event.state.status(), BackendStatus::Terminated);
+    assert_eq!(alive("ba-not-holder"), 0);
+    assert!(event.timestamp < conn.lease.deadlines(asked.local_time).renew_at + 1_500);
+}
+
+#[tokio::test]
+async fn a_backend_whose_renewal_is_prevented_ends_on_the_timeline() {
+    let mut fake = Fake::start(short_lease()).await;
+    let dir = tempfile::tempdir().unwrap();
+    let drone = Drone::start(&fake.url, dir.path());
+    let mut conn = fake.conn().await;
+    conn.waiting("ba-prevented", STUBBORN).await;
+    drone.wrote("ba-prevented", "up").await;
+    let granted = conn.renewal().await.local_time;
+    conn.renew = false;
+    conn.renewal().await;
+    conn.send(refusal("ba-prevented", RenewRefusal::RenewalPrevented));
+    let deadlines = conn.lease.deadlines(granted);
+    // Requests that were on the way when the refusal came may follow; then none.
+    let soft = conn.event().await;
+    assert!(matches!(
+        soft.state,
+        BackendState::Terminating {
+            reason: TerminationReason::KeyExpired,
+            last_status: BackendStatus::Waiting,
+            ..
+        }
+    ));
+    assert!(soft.timestamp >= deadlines.soft_terminate_at && soft.timestamp < deadlines.hard_terminate_at);
+    let hard = conn.event().await;
+    assert_eq!(hard.state.status(), BackendStatus::HardTerminating);
+    assert!(hard.timestamp >= deadlines.hard_terminate_at);
+    let over = conn.event().await;
+    assert!(matches!(
+        over.state,
+        BackendState::Terminated {
+            termination: Some(TerminationKind::Hard),
+            reason: Some(TerminationReason::KeyExpired),
+            ..
+        }
+    ));
+    assert!(over.timestamp < deadlines.hard_terminate_at + 1_500);
+    assert_eq!(alive("ba-prevented"), 0);
+}
+
+#[tokio::test]
+async fn an_unanswered_renewal_is_repeated_and_asked_again_over_a_new_session() {
+    let mut fake = Fake::start(short_lease()).await;
+    let dir = tempfile::tempdir().unwrap();
+    let _drone = Drone::start(&fake.url, dir.path());
+    let mut conn = fake.conn().await;
+    conn.renew = false;
+    conn.waiting("ba-renewed", GRACEFUL).await;
+    let first = conn.renewal().await;
+    let repeated = conn.renewal().await;
+    assert_eq!(first.keys, repeated.keys);
+    assert!(repeated.local_time > first.local_time);
+    conn.drop_it();
+    let mut conn = fake.conn().await;
+    conn.renew = false;
+    let again = conn.renewal().await;
+    assert!(again.local_time > repeated.local_time);
+    conn.grant(&again);
+    // It counted: the next one comes when it is due.
+    let next = conn.renewal().await;
+    let renew_at = conn.lease.deadlines(again.local_time).renew_at;
+    assert!(next.local_time >= renew_at - 20, "{} before {renew_at}", next.local_time);
+}
+
+#[tokio::test]
+async fn without_a_controller_and_without_a_drone_a_backend_ends_at_its_deadlines() {
+    let mut fake = Fake::start(lease(500, 1_500, 2_500)).await;
+    let dir = tempfile::tempdir().unwrap();
+    let mut drone = Drone::start(&fake.url, dir.path());
+    let mut conn = fake.conn().await;
+    let backend = "ba-orphan";
+    conn.renew = false;
+    conn.waiting(backend, "trap '' TERM; setsid sleep 300 & echo up; while :; do sleep 300; done").await;
+    drone.wrote(backend, "up").await;
+    assert!(alive(backend) >= 3);
+    let (spawned_at, heard) = (conn.latest_heartbeat, Instant::now());
+    drone.process.kill().unwrap();
+    drone.process.wait().unwrap();
+    assert!(alive(backend) >= 3, "the drone's death alone does not end it");
+    soon("the guard ends the backend", async {
+        while alive(backend) > 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+    let _ = spawned_at;
+    assert!(heard.elapsed() < Duration::from_millis(2_500 + 1_500));
+    // Its data directory is free for the next one.
+    let _next = Drone::start(&fake.url, dir.path());
+    let again = fake.conn().await;
+    assert_ne!(again.handshake.incarnation, conn.handshake.incarnation);
+}
+
+#[tokio::test]
+async fn a_stopping_drone_ends_and_reports_its_backends_and_exits_with_0() {
+    let mut fake = Fake::start(lease(30_000, 40_000, 50_000)).await;
+    let dir = tempfile::tempdir().unwrap();
+    let mut drone = Drone::start(&fake.url, dir.path());
+    let mut conn = fake.conn().await;
+    conn.waiting("ba-stop", GRACEFUL).await;
+    drone.wrote("ba-stop", "up").await;
+    drone.signal(Signal::SIGTERM);
+    conn.expect("ba-stop", BackendStatus::Terminating).await;
+    let terminated = conn.expect("ba-stop", BackendStatus::Terminated).await;
+    assert!(matches!(
+        terminated,
+        BackendState::Terminated { reason: Some(TerminationReason::Swept), exit_code: Some(3), .. }
+    ));
+    assert_eq!(drone.ended().await.code(), Some(0));
+}
+
+#[tokio::test]
+async fn a_second_signal_kills() {
+    let mut fake = Fake::start(lease(30_000, 40_000, 50_000)).await;
+    let dir = tempfile::tempdir().unwrap();
+    let mut drone = Drone::start(&fake.url, dir.path());
+    let mut conn = fake.conn().await;
+    conn.waiting("ba-stop-twice", STUBBORN).await;
+    drone.wrote("ba-stop-twice", "up").await;
+    drone.signal(Signal::SIGINT);
+    conn.expect("ba-stop-twice", BackendStatus::Terminating).await;
+    drone.signal(Signal::SIGINT);
+    conn.expect("ba-stop-twice", BackendStatus::HardTerminating).await;
+    conn.expect("ba-stop-twice", BackendStatus::Terminated).await;
+    assert_eq!(drone.ended().await.code(), Some(0));
+    assert_eq!(alive("ba-stop-twice"), 0);
+}
+
+#[tokio::test]
+async fn a_guard_that_is_killed_takes_its_backend_along_and_that_is_reported() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("skipped: only root can make PID namespaces");
+        return;
+    }
+    let mut fake = Fake::start(lease(30_000, 40_000, 50_000)).await;
+    let dir = tempfile::tempdir().unwrap();
+    let drone = Drone::start(&fake.url, dir.path());
+    let mut conn = fake.conn().await;
+    conn.waiting("ba-guardless", "trap '' TERM; setsid sleep 300 & echo up; while :; do sleep 300; done")
+        .await;
+    drone.wrote("ba-guardless", "up").await;
+    let children =
+        std::process::Command::new("pgrep").args(["-P", &drone.process.id().to_string()]).output().unwrap();
+    let guard: i32 = String::from_utf8(children.stdout).unwrap().trim().parse().unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(guard), Signal::SIGKILL).unwrap();
+    let terminated = conn.expect("ba-guardless", BackendStatus::Terminated).await;
+    assert!(matches!(
+        terminated,
+        BackendState::Terminated { termination: None, reason: Some(TerminationReason::InternalError), .. }
+    ));
+    assert_eq!(alive("ba-guardless"), 0);
+}
+
+#[tokio::test]
+async fn a_drone_whose_name_is_taken_tries_again() {
+    let mut fake = Fake::start(short_lease()).await;
+    fake.set(|setting| setting.refuse_with = Some(holdfast_wire::drone::CLOSE_NAME_TAKEN));
+    let dir = tempfile::tempdir().unwrap();
+    let mut drone = Drone::start(&fake.url, dir.path());
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    assert!(drone.process.try_wait().unwrap().is_none(), "it does not give up");
+    fake.set(|setting| setting.refuse_with = None);
+    fake.conn().await;
+}
+
+#[tokio::test]
+async fn another_cluster_ends_the_backends_of_the_old_one_first() {
+    let mut fake = Fake::start(lease(30_000, 40_000, 50_000)).await;
+    let dir = tempfile::tempdir().unwrap();
+    let drone = Drone::start(&fake.url, dir.path());
+    let mut conn = fake.conn().await;
+    conn.waiting("ba-old", STUBBORN).await;
+    drone.wrote("ba-old", "up").await;
+    fake.set(|setting| setting.cluster_id = "cluster-2".to_owned());
+    conn.drop_it();
+    let mut conn = fake.conn().await;
+    let now = conn.heartbeat().await;
+    // As a controller does: until it is acknowledged.
+    let spawn = conn.spawn_action(FOREVER, now);
+    let event = soon("the new cluster's backend starts", async {
+        loop {
+            conn.act("spawn", "ba-new", spawn.clone());
+            let message = conn.any().await;
+            if let MessageFromDrone::BackendEvent(event) = message {
+                if event.backend_id == "ba-new" {
+                    return event;
+                }
+            }
+        }
+    })
+    .await;
+    assert_eq!(event.state, BackendState::Loading);
+    assert_eq!(alive("ba-old"), 0);
+    assert_eq!(std::fs::read_to_string(dir.path().join("cluster_id")).unwrap(), "cluster-2");
+}
+
+#[tokio::test]
+async fn the_session_follows_the_leader() {
+    let (mut a, mut b) = (Fake::start(short_lease()).await, Fake::start(short_lease()).await);
+    let (url_a, url_b) = (a.url.clone(), b.url.clone());
+    a.set(|setting| setting.leader = Some(url_b.clone()));
+    let dir = tempfile::tempdir().unwrap();
+    // It knows only the follower, and is sent on.
+    let _drone = Drone::start(&a.url, dir.path());
+    b.conn().await.heartbeat().await;
+    // The leader changes: it moves.
+    for fake in [&a, &b] {
+        fake.set(|setting| setting.leader = Some(url_a.clone()));
+    }
+    a.conn().await.heartbeat().await;
+    // The named leader cannot be reached: a follower will do.
+    for fake in [&a, &b] {
+        fake.set(|setting| setting.leader = Some("http://127.0.0.1:9".to_owned()));
+    }
+    let mut conn = {
+        let dir = tempfile::tempdir().unwrap();
+        let drone = Drone::start(&url_b, dir.path());
+        let conn = b.conn().await;
+        std::mem::forget(dir);
+        (conn, drone)
+    };
+    conn.0.heartbeat().await;
+}
+
+#[test]
+fn wrong_use_exits_with_2_and_names_the_flag() {
+    let dir = tempfile::tempdir().unwrap();
+    for (extra, flag) in [
+        (["--runtime", "docker"], "--runtime"),
+        (["--name", "a"], "--name"),
+        (["--ip", "nowhere"], "--ip"),
+        (["--cluster", "a b"], "--cluster"),
+        (["--data-dir", "/proc/nowhere"], "--data-dir"),
+    ] {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_holdfast-drone"));
+        let mut flags = vec!["--name", "dr-a", "--controller", "http://h:1", "--cluster", "c", "--data-dir"];
+        let path = dir.path().to_str().unwrap().to_owned();
+        flags.push(&path);
+        match flags.iter().position(|f| *f == extra[0]) {
+            Some(at) => flags[at + 1] = extra[1],
+            None => flags.extend(extra),
+        }
+        let output = command.args(&flags).output().unwrap();
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{message}");
+        assert!(message.contains(flag), "{flag} in {message}");
+    }
+}

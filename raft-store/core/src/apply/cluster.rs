@@ -1,0 +1,46 @@
+//! Forming the cluster, and its configuration.
+
+use super::step::Step;
+use crate::command::FormCluster;
+use crate::kv::{ReadState, StateError};
+use crate::outcome::{Effect, Outcome, Refusal};
+use crate::records::ClusterRecord;
+use holdfast_wire::LeaseConfig;
+
+impl<R: ReadState + ?Sized> Step<'_, '_, R> {
+    pub(super) fn form_cluster(&mut self, form: &FormCluster) -> Result<Outcome, StateError> {
+        if self.cluster_if_formed().is_some() {
+            return Ok(Outcome::Formed(false));
+        }
+        if let Err(error) = form.lease.check() {
+            return Ok(Outcome::Refused(Refusal::Lease(error.to_string())));
+        }
+        self.put_cluster(ClusterRecord {
+            cluster_id: form.cluster_id.clone(),
+            token_secret: form.token_secret,
+            lease: form.lease,
+            terminated_keep_ms: form.terminated_keep_ms,
+        });
+        self.effect(Effect::Formed);
+        Ok(Outcome::Formed(true))
+    }
+
+    pub(super) fn set_lease(&mut self, lease: LeaseConfig) -> Result<Outcome, StateError> {
+        if let Err(error) = lease.check() {
+            return Ok(Outcome::Refused(Refusal::Lease(error.to_string())));
+        }
+        if self.progress.keys_held > 0 {
+            return Ok(Outcome::Refused(Refusal::Lease(format!(
+                "lease durations can't be changed while keys are held ({} are)",
+                self.progress.keys_held
+            ))));
+        }
+        let mut cluster = self.cluster()?.clone();
+        let changed = cluster.lease != lease;
+        if changed {
+            cluster.lease = lease;
+            self.put_cluster(cluster);
+        }
+        Ok(Outcome::Updated(changed))
+    }
+}

@@ -1,0 +1,126 @@
+//! Applying an entry: see the crate's page.
+//!
+//! ```text
+//!   apply ─▶ formed? ─▶ cluster time ─▶ idempotency ─▶ command ─▶ progress, checksum
+//!                                           │             │
+//!                          recorded answer ◀┘             └▶ acquire · renew · release · reports · actions ·
+//!                                                            drones · cluster · sweep
+//! ```
+//!
+//! Every command checks first and writes after, so that a refusal changes nothing but cluster time and checksum.
+//! What only a fault of this program or of the disk can cause (two records that contradict each other, a token that
+//! would not grow) is a [`StateError`]: the replica stops rather than go on from a state it can't trust.
+
+mod acquire;
+mod actions;
+mod checksum;
+mod cluster;
+mod drones;
+mod idempotency;
+mod release;
+mod renew;
+mod reports;
+mod step;
+mod sweep;
+
+pub(crate) use actions::due_actions;
+
+use crate::command::{Command, Proposal, Stamp};
+use crate::kv::{ReadState, StateError, Txn};
+use crate::outcome::{Effect, Outcome, Refusal};
+use crate::view::View;
+use idempotency::Recall;
+use step::Step;
+
+/// Where an entry stands in the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Position {
+    /// Term of the leader that appended it.
+    pub term: u64,
+    /// Log index.
+    pub index: u64,
+}
+
+/// What applying one entry gives.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Applied {
+    /// The answer.
+    pub outcome: Outcome,
+    /// The answer is the recorded one of an earlier entry with the same idempotency key.
+    pub replayed: bool,
+    /// Who has to look.
+    pub effects: Vec<Effect>,
+}
+
+/// Applies one stamped proposal on top of `txn`. It begins a new entry of the transaction itself: what the caller
+/// wrote before or writes after does not enter the checksum. The error is fatal: the replica must stop and must not
+/// commit the transaction.
+pub fn apply<R: ReadState + ?Sized>(
+    txn: &mut Txn<'_, R>,
+    at: Position,
+    stamp: Stamp,
+    proposal: &Proposal,
+) -> Result<Applied, StateError> {
+    txn.begin_entry();
+    let view = View(&*txn);
+    let cluster = view.cluster()?;
+    let mut progress = view.progress()?;
+    if cluster.is_none() && !matches!(proposal.command, Command::FormCluster(_)) {
+        // Cluster time is anchored by forming the cluster, so nothing before it may move it.
+        checksum::seal(txn, at, progress);
+        return Ok(Applied {
+            outcome: Outcome::Refused(Refusal::NotFormed),
+            replayed: false,
+            effects: Vec::new(),
+        });
+    }
+    progress.cluster_time_ms = progress.cluster_time_ms.max(stamp.cluster_time_ms);
+    let mut step = Step::new(txn, at, stamp.own_term_only, cluster, progress);
+    let (outcome, replayed) = match &proposal.idempotency {
+        None => (step.run(&proposal.command)?, false),
+        Some(idempotency) => match step.recall(idempotency)? {
+            Recall::Replay(outcome) => (outcome, true),
+            Recall::Refuse(refusal) => (Outcome::Refused(refusal), false),
+            Recall::New => {
+                let outcome = step.run(&proposal.command)?;
+                step.remember(idempotency, &outcome)?;
+                (outcome, false)
+            }
+        },
+    };
+    let (progress, effects) = step.finish();
+    checksum::seal(txn, at, progress);
+    Ok(Applied { outcome, replayed, effects })
+}
+
+/// Accounts for a blank or membership entry: it moves only the running checksum.
+pub fn apply_blank<R: ReadState + ?Sized>(txn: &mut Txn<'_, R>, at: Position) -> Result<(), StateError> {
+    txn.begin_entry();
+    let progress = View(&*txn).progress()?;
+    checksum::seal(txn, at, progress);
+    Ok(())
+}
+
+impl<R: ReadState + ?Sized> Step<'_, '_, R> {
+    fn run(&mut self, command: &Command) -> Result<Outcome, StateError> {
+        match command {
+            Command::FormCluster(form) => self.form_cluster(form),
+            Command::SetLease(lease) => self.set_lease(*lease),
+            Command::Acquire(acquire) => self.acquire(acquire),
+            Command::Renew(renew) => self.renew(renew),
+            Command::SetAllowRenew { namespace, name, allow } => {
+                self.set_allow_renew(namespace, name, *allow)
+            }
+            Command::RevokeKey { namespace, name } => self.revoke_key(namespace, name),
+            Command::RegisterDrone(register) => self.register_drone(register),
+            Command::Heartbeats(items) => self.heartbeats(items),
+            Command::ReportStates { drone_id, reports } => self.report_states(*drone_id, reports),
+            Command::AckActions { drone_id, action_ids } => self.ack_actions(*drone_id, action_ids),
+            Command::Terminate { backend_id, kind, reason } => self.terminate(backend_id, *kind, *reason),
+            Command::Drain { cluster, drone, draining } => self.drain(cluster, drone, *draining),
+            Command::RevokeTokens { backend_id, user } => self.revoke_tokens(backend_id, user),
+            Command::Sweep(sweep) => self.sweep(sweep),
+            Command::Tick => Ok(Outcome::Done),
+        }
+    }
+}

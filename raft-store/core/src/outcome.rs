@@ -1,0 +1,163 @@
+//! What applying an entry answers.
+
+use bincode::{Decode, Encode};
+use holdfast_wire::{BackendState, KeyConfig, TerminationKind};
+
+/// Answer of one entry.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum Outcome {
+    /// Done, and there is nothing to add (heartbeats, acknowledgements, tick, sweep).
+    Done,
+    /// [`crate::command::Command::FormCluster`]: whether this entry formed it.
+    Formed(bool),
+    /// The key was free and is now held.
+    Acquired(Holder),
+    /// The key was held with the same tag.
+    Found(Holder),
+    /// The key is held under the same tag by a backend that is going away: wait for its release, then ask again.
+    Leaving(Holder),
+    /// Refused; nothing changed.
+    Refused(Refusal),
+    /// [`crate::command::Command::Renew`]: one for each key, in order.
+    Renewed(Vec<RenewOutcome>),
+    /// [`crate::command::Command::RegisterDrone`]: the drone's id.
+    Registered {
+        /// Never reused.
+        drone_id: i32,
+    },
+    /// [`crate::command::Command::Drain`], [`crate::command::Command::SetAllowRenew`],
+    /// [`crate::command::Command::Terminate`], [`crate::command::Command::RevokeTokens`],
+    /// [`crate::command::Command::RevokeKey`], [`crate::command::Command::SetLease`]: whether anything changed.
+    Updated(bool),
+    /// [`crate::command::Command::ReportStates`]: one for each report, in order.
+    Reported(Vec<ReportOutcome>),
+}
+
+/// Who holds a key.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Holder {
+    /// The key, with the holder's tag.
+    pub key: KeyConfig,
+    /// The backend.
+    pub backend_id: String,
+    /// Its cluster.
+    pub cluster: String,
+    /// Name of its drone.
+    pub drone: String,
+    /// Fencing token.
+    pub token: u64,
+    /// State of the backend.
+    pub state: BackendState,
+    /// Whether somebody asked for its end.
+    pub termination_asked: Option<TerminationKind>,
+    /// One token for all connections.
+    pub static_token: Option<String>,
+    /// Proxy secret.
+    pub secret_token: String,
+    /// Subdomain of its URL.
+    pub subdomain: Option<String>,
+}
+
+/// Why nothing was done.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, thiserror::Error)]
+pub enum Refusal {
+    /// The cluster is not formed.
+    #[error("the cluster is not formed yet")]
+    NotFormed,
+    /// The key is held with another tag.
+    #[error("the key is held with another tag ({held:?})")]
+    TagMismatch {
+        /// The holder's tag.
+        held: String,
+    },
+    /// The key is free and nothing says what to start.
+    #[error("the key is free and the request has no spawn_config")]
+    NoSpawnConfig,
+    /// No named candidate is fit.
+    #[error("no drone of that cluster and pool can take a backend now")]
+    NoDrone,
+    /// That backend id was used before.
+    #[error("backend id {0:?} was used before")]
+    BackendIdUsed(String),
+    /// No such key.
+    #[error("the key is not held")]
+    NoSuchKey,
+    /// Only an expired key can be revoked.
+    #[error("the key is held until its expiry; only an expired key can be revoked")]
+    NotExpired,
+    /// No such backend.
+    #[error("there is no backend {0:?}")]
+    NoSuchBackend(String),
+    /// No such drone.
+    #[error("there is no drone {0:?}")]
+    NoSuchDrone(String),
+    /// Another session holds the drone's name and was heard of lately.
+    #[error("another live drone has that name")]
+    NameTaken,
+    /// Same idempotency key, other request.
+    #[error("this Idempotency-Key was used for another request")]
+    IdempotencyMismatch,
+    /// A bound of [`crate::limits`] is reached.
+    #[error("{0} is at its bound")]
+    Full(String),
+    /// Lease durations can't be changed while keys are held, or break the rule of the timeline.
+    #[error("{0}")]
+    Lease(String),
+}
+
+/// What became of one renewal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub enum RenewOutcome {
+    /// Extended.
+    Renewed,
+    /// `allow_renew` is false; the deadlines stand.
+    Prevented,
+    /// Another drone's, another token, expired or released.
+    NotHolder,
+    /// No such backend.
+    Unknown,
+}
+
+/// What became of one report. All of them are acknowledged to the drone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub enum ReportOutcome {
+    /// Recorded.
+    Recorded,
+    /// Not later than what is recorded.
+    Old,
+    /// The drone does not hold that backend, or the token differs.
+    NotHolder,
+    /// No such backend.
+    Unknown,
+}
+
+/// Who has to look after an entry was applied.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Effect {
+    /// The set of pending actions of this drone changed.
+    Actions {
+        /// The drone.
+        drone_id: i32,
+    },
+    /// This backend's state changed.
+    Backend {
+        /// The backend.
+        backend_id: String,
+    },
+    /// This key was released, revoked or expired.
+    KeyFreed {
+        /// Key namespace.
+        namespace: String,
+        /// Key name.
+        name: String,
+    },
+    /// A newer session of this drone was registered.
+    Session {
+        /// The drone.
+        drone_id: i32,
+        /// The newer session.
+        session: String,
+    },
+    /// The cluster was formed.
+    Formed,
+}

@@ -1,0 +1,195 @@
+//! The records of the state: one type for each kind. [`crate::kv::Table`] says where each lives and under what key.
+
+use bincode::{Decode, Encode};
+use holdfast_wire::{BackendState, KeyConfig, LeaseConfig, TerminationKind, TerminationReason};
+
+/// `meta/cluster`: made by `FormCluster`.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct ClusterRecord {
+    /// Random id of the cluster.
+    pub cluster_id: String,
+    /// MAC key of connection tokens.
+    pub token_secret: [u8; 32],
+    /// Lease durations.
+    pub lease: LeaseConfig,
+    /// How long terminated backends are kept, in milliseconds of cluster time.
+    pub terminated_keep_ms: u64,
+}
+
+/// `meta/progress`: changes with every entry.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
+pub struct ProgressRecord {
+    /// Cluster time in milliseconds; never falls.
+    pub cluster_time_ms: u64,
+    /// Running checksum over every write so far.
+    pub checksum: u64,
+    /// Published (index, checksum) pairs, oldest first; at most [`crate::limits::CHECKSUMS_KEPT`].
+    pub published: Vec<(u64, u64)>,
+    /// Held keys.
+    pub keys_held: u64,
+    /// Idempotency records.
+    pub idempotency_records: u64,
+    /// Supplied backend ids ever used.
+    pub supplied_ids: u64,
+    /// Last drone id given out.
+    pub last_drone_id: i32,
+}
+
+/// `keys/{namespace}\0{name}`: a held key.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct KeyRecord {
+    /// Tag.
+    pub tag: String,
+    /// Backend that holds it.
+    pub backend_id: String,
+    /// Drone of that backend.
+    pub drone_id: i32,
+    /// Fencing token: log index of the acquisition.
+    pub token: u64,
+    /// Whether renewals are accepted.
+    pub allow_renew: bool,
+    /// Cluster time in milliseconds.
+    pub acquired_at_ms: u64,
+    /// Cluster time in milliseconds.
+    pub expires_at_ms: u64,
+    /// Expiry under which the expiry index has this key (stale after renewals; the sweep re-files it).
+    pub indexed_at_ms: u64,
+}
+
+/// `termination_asked` of a backend whose undelivered spawn became void because its drone was started anew: it will
+/// never run, but only its key's expiry (or a report that nothing of it is left) frees the key, so a connect waits. If
+/// the spawn had been delivered after all, the drone's first report of the backend clears the mark.
+pub const VOIDED: (TerminationKind, TerminationReason) = (TerminationKind::Hard, TerminationReason::Lost);
+
+/// `backends/{id}`: a backend, living or recently terminated.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct BackendRecord {
+    /// Its key.
+    pub key: KeyConfig,
+    /// Cluster it was scheduled in.
+    pub cluster: String,
+    /// Drone it was scheduled to.
+    pub drone_id: i32,
+    /// That drone's name.
+    pub drone: String,
+    /// Incarnation of the drone for which the spawn was made; only that one may receive it.
+    pub incarnation: String,
+    /// Fencing token of its acquisition.
+    pub token: u64,
+    /// Every state with the cluster time (ms) at which it was recorded, oldest first; statuses strictly rise, so there
+    /// are at most eight.
+    pub history: Vec<(u64, BackendState)>,
+    /// Whether somebody asked for its end. [`VOIDED`] marks one whose spawn became void.
+    pub termination_asked: Option<(TerminationKind, TerminationReason)>,
+    /// When it must end, cluster time in milliseconds.
+    pub lifetime_ends_at_ms: Option<u64>,
+    /// Ended after this long without a connection, in seconds.
+    pub max_idle_seconds: Option<u32>,
+    /// One token for all connections.
+    pub static_token: Option<String>,
+    /// Proxy secret.
+    pub secret_token: String,
+    /// Subdomain of its URL.
+    pub subdomain: Option<String>,
+    /// Users whose tokens are revoked; at most [`crate::limits::REVOKED_USERS_MAX`].
+    pub revoked_users: Vec<String>,
+    /// Log index and sub-number of its latest `Terminate` action, so that it is found without a search; the action
+    /// itself may have been received and deleted since. (That of its `Spawn` is `(token, 0)`.)
+    pub terminate_action: Option<(u64, u32)>,
+}
+
+impl BackendRecord {
+    /// The latest state.
+    pub fn state(&self) -> &BackendState {
+        self.history.last().map_or(&BackendState::Scheduled, |(_, state)| state)
+    }
+}
+
+/// `drones/{id}`: a drone, by its id. `drone_names/{cluster}\0{name}` leads to the id.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct DroneRecord {
+    /// Cluster.
+    pub cluster: String,
+    /// Name, unique in the cluster.
+    pub name: String,
+    /// Pool.
+    pub pool: String,
+    /// Current incarnation.
+    pub incarnation: String,
+    /// Current session.
+    pub session: String,
+    /// Member id of the controller that serves the session.
+    pub controller: u64,
+    /// Drone's version.
+    pub version: String,
+    /// Drone's git hash.
+    pub git_hash: String,
+    /// Takes no new backends.
+    pub draining: bool,
+    /// Live backends.
+    pub backend_count: u64,
+    /// When the session was registered, cluster time in milliseconds.
+    pub registered_at_ms: u64,
+    /// The last heartbeat of this incarnation.
+    pub heartbeat: Option<HeartbeatRecord>,
+}
+
+/// Last heartbeat of a drone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct HeartbeatRecord {
+    /// Cluster time at which it was recorded, in milliseconds.
+    pub at_ms: u64,
+    /// Term of the entry that recorded it.
+    pub term: u64,
+    /// The drone's clock, in milliseconds; never falls within an incarnation.
+    pub local_time_ms: i64,
+}
+
+/// `actions/{drone id}{log index}{sub}`: something a drone must be told, in order.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct ActionRecord {
+    /// The backend.
+    pub backend_id: String,
+    /// What.
+    pub action: PendingAction,
+}
+
+/// See [`ActionRecord`].
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum PendingAction {
+    /// Start it.
+    Spawn {
+        /// Incarnation of the drone for which it was made.
+        incarnation: String,
+        /// The drone's clock at the heartbeat that the deadlines start from, in milliseconds.
+        local_time_ms: i64,
+        /// Cluster time of that heartbeat, in milliseconds: the spawn is void once `soft_terminate` later.
+        heartbeat_at_ms: u64,
+        /// Lease durations of the acquisition.
+        lease: LeaseConfig,
+        /// Fencing token.
+        token: u64,
+        /// The executable, JSON text.
+        executable_json: String,
+    },
+    /// End it.
+    Terminate {
+        /// How.
+        kind: TerminationKind,
+        /// Why.
+        reason: TerminationReason,
+    },
+}
+
+/// `idempotency/{key}`: a recorded answer.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct IdempotencyRecord {
+    /// Digest of the request.
+    pub body_digest: [u8; 16],
+    /// Cluster time at which it may be deleted, in milliseconds.
+    pub expires_at_ms: u64,
+    /// Log index of the entry that recorded it.
+    pub index: u64,
+    /// The answer.
+    pub outcome: crate::outcome::Outcome,
+}

@@ -1,0 +1,256 @@
+//! What several test files need: a state under a log, builders of commands, and the invariants of the tables.
+
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used)]
+
+use holdfast_core::apply::{Applied, Position, apply, apply_blank};
+use holdfast_core::codec::decode;
+use holdfast_core::command::{
+    Acquire, Command, FormCluster, HeartbeatItem, Idempotency, Proposal, RegisterDrone, Spawn, Stamp,
+    StateReport,
+};
+use holdfast_core::kv::{MemState, Table, Txn, Writes, keys};
+use holdfast_core::records::{
+    ActionRecord, BackendRecord, DroneRecord, IdempotencyRecord, KeyRecord, PendingAction, ProgressRecord,
+};
+use holdfast_core::view::View;
+use holdfast_wire::{
+    BackendState, BackendStatus, KeyConfig, LeaseConfig, TerminationKind, TerminationReason,
+};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Default lease: 30 / 40 / 50 / 60 s.
+pub const LEASE: LeaseConfig = LeaseConfig {
+    renew_ms: 30_000,
+    soft_terminate_ms: 40_000,
+    hard_terminate_ms: 50_000,
+    expiry_ms: 60_000,
+};
+
+/// A state and where its log stands.
+#[derive(Debug, Clone, Default)]
+pub struct Replica {
+    pub state: MemState,
+    pub index: u64,
+}
+
+impl Replica {
+    pub fn view(&self) -> View<&MemState> {
+        View(&self.state)
+    }
+
+    pub fn progress(&self) -> ProgressRecord {
+        self.view().progress().unwrap()
+    }
+
+    /// Applies the next entry and commits it; also says what it wrote.
+    pub fn apply(&mut self, term: u64, stamp: Stamp, proposal: &Proposal) -> (Applied, Writes) {
+        self.index += 1;
+        let mut txn = Txn::new(&self.state);
+        let applied = apply(&mut txn, Position { term, index: self.index }, stamp, proposal).unwrap();
+        let writes = txn.into_writes();
+        self.state.commit(writes.clone());
+        (applied, writes)
+    }
+
+    pub fn blank(&mut self, term: u64) {
+        self.index += 1;
+        let mut txn = Txn::new(&self.state);
+        apply_blank(&mut txn, Position { term, index: self.index }).unwrap();
+        let writes = txn.into_writes();
+        self.state.commit(writes);
+    }
+}
+
+pub fn stamp(cluster_time_ms: u64) -> Stamp {
+    Stamp { cluster_time_ms, own_term_only: false }
+}
+
+pub fn plain(command: Command) -> Proposal {
+    Proposal { command, idempotency: None }
+}
+
+pub fn idempotent(command: Command, key: &str, digest: u8) -> Proposal {
+    Proposal {
+        command,
+        idempotency: Some(Idempotency { key: key.to_owned(), body_digest: [digest; 16] }),
+    }
+}
+
+pub fn form(lease: LeaseConfig, terminated_keep_ms: u64) -> Command {
+    Command::FormCluster(FormCluster {
+        cluster_id: "cluster-1".to_owned(),
+        token_secret: [7; 32],
+        lease,
+        terminated_keep_ms,
+    })
+}
+
+pub fn key(name: &str, tag: &str) -> KeyConfig {
+    KeyConfig { name: name.to_owned(), namespace: String::new(), tag: tag.to_owned() }
+}
+
+pub fn spawn(backend_id: &str, candidates: &[i32]) -> Spawn {
+    Spawn {
+        backend_id: backend_id.to_owned(),
+        id_supplied: false,
+        cluster: "c".to_owned(),
+        pool: String::new(),
+        candidates: candidates.to_vec(),
+        executable_json: "{}".to_owned(),
+        lifetime_limit_seconds: None,
+        max_idle_seconds: None,
+        static_token: None,
+        secret_token: "secret".to_owned(),
+        subdomain: None,
+    }
+}
+
+pub fn acquire(key: KeyConfig, spawn: Option<Spawn>) -> Command {
+    Command::Acquire(Box::new(Acquire { key, spawn }))
+}
+
+pub fn register(name: &str, incarnation: &str, session: &str, take_over: bool) -> Command {
+    Command::RegisterDrone(RegisterDrone {
+        cluster: "c".to_owned(),
+        name: name.to_owned(),
+        pool: String::new(),
+        incarnation: incarnation.to_owned(),
+        session: session.to_owned(),
+        controller: 1,
+        take_over,
+        version: "1".to_owned(),
+        git_hash: "abc".to_owned(),
+    })
+}
+
+pub fn heartbeat(drone_id: i32, session: &str, local_time_ms: i64) -> HeartbeatItem {
+    HeartbeatItem { drone_id, session: session.to_owned(), local_time_ms }
+}
+
+pub fn report(drone_id: i32, backend_id: &str, state: BackendState, token: Option<u64>) -> Command {
+    Command::ReportStates {
+        drone_id,
+        reports: vec![StateReport { backend_id: backend_id.to_owned(), state, token }],
+    }
+}
+
+/// Some state with that status.
+pub fn state_of(status: BackendStatus) -> BackendState {
+    let address = "10.0.0.1:8080".parse().unwrap();
+    let last_status = BackendStatus::Ready;
+    match status {
+        BackendStatus::Scheduled => BackendState::Scheduled,
+        BackendStatus::Loading => BackendState::Loading,
+        BackendStatus::Starting => BackendState::Starting,
+        BackendStatus::Waiting => BackendState::Waiting { address },
+        BackendStatus::Ready => BackendState::Ready { address },
+        BackendStatus::Terminating => BackendState::Terminating {
+            last_status,
+            termination: TerminationKind::Soft,
+            reason: TerminationReason::External,
+        },
+        BackendStatus::HardTerminating => {
+            BackendState::HardTerminating { last_status, reason: TerminationReason::External }
+        }
+        BackendStatus::Terminated => BackendState::Terminated {
+            last_status,
+            termination: None,
+            reason: None,
+            exit_code: Some(0),
+        },
+    }
+}
+
+pub const STATUSES: [BackendStatus; 8] = [
+    BackendStatus::Scheduled,
+    BackendStatus::Loading,
+    BackendStatus::Starting,
+    BackendStatus::Waiting,
+    BackendStatus::Ready,
+    BackendStatus::Terminating,
+    BackendStatus::HardTerminating,
+    BackendStatus::Terminated,
+];
+
+/// What must hold between the tables after every entry.
+pub fn tables_agree(state: &MemState) {
+    let mut tables: BTreeMap<Table, BTreeMap<&[u8], &[u8]>> = BTreeMap::new();
+    for ((table, key), value) in state.rows() {
+        tables.entry(*table).or_default().insert(key, value);
+    }
+    let table = |t: Table| tables.get(&t).cloned().unwrap_or_default();
+    let progress = View(state).progress().unwrap();
+    let backends: BTreeMap<String, BackendRecord> = table(Table::Backends)
+        .into_iter()
+        .map(|(id, bytes)| (String::from_utf8(id.to_vec()).unwrap(), decode(bytes).unwrap()))
+        .collect();
+
+    // Each key has one entry in the expiry index, and there are no others.
+    let mut filed = BTreeSet::new();
+    for (name, bytes) in table(Table::Keys) {
+        let key: KeyRecord = decode(bytes).unwrap();
+        let entry = keys::timed(key.indexed_at_ms, name);
+        assert_eq!(table(Table::KeyExpiry).get(entry.as_slice()), Some(&&key.token.to_be_bytes()[..]));
+        assert!(key.indexed_at_ms <= key.expires_at_ms, "the index is never late");
+        filed.insert(entry);
+        let backend = &backends[&key.backend_id];
+        assert_eq!((backend.token, backend.drone_id), (key.token, key.drone_id));
+        assert_eq!(keys::pair(&backend.key.namespace, &backend.key.name), name);
+        assert!(backend.state().status() < BackendStatus::Terminated, "a terminated backend holds no key");
+    }
+    assert_eq!(table(Table::KeyExpiry).len(), filed.len());
+    assert_eq!(progress.keys_held, filed.len() as u64);
+
+    // Live backends hold their keys and are counted by their drones; the others are filed to be swept.
+    let mut live: BTreeMap<i32, u64> = BTreeMap::new();
+    let mut terminated = BTreeSet::new();
+    for (id, backend) in &backends {
+        assert!(backend.history.windows(2).all(|w| w[0].1.status() < w[1].1.status() && w[0].0 <= w[1].0));
+        let held_by_it = View(state)
+            .key(&backend.key.namespace, &backend.key.name)
+            .unwrap()
+            .is_some_and(|key| key.backend_id == *id);
+        if backend.state().status() == BackendStatus::Terminated {
+            assert!(!held_by_it);
+            terminated.insert(keys::timed(backend.history.last().unwrap().0, id.as_bytes()));
+        } else {
+            assert!(held_by_it, "the live backend {id} has no key");
+            *live.entry(backend.drone_id).or_default() += 1;
+        }
+    }
+    let filed: BTreeSet<Vec<u8>> = table(Table::Terminated).keys().map(|k| k.to_vec()).collect();
+    assert_eq!(filed, terminated);
+    for (id, bytes) in table(Table::Drones) {
+        let id = keys::split_drone(id).unwrap();
+        let drone: DroneRecord = decode(bytes).unwrap();
+        assert_eq!(drone.backend_count, live.get(&id).copied().unwrap_or(0), "drone {id}");
+        assert_eq!(View(state).drone_by_name(&drone.cluster, &drone.name).unwrap().unwrap().0, id);
+        assert!(id <= progress.last_drone_id);
+    }
+    assert_eq!(table(Table::DroneNames).len(), table(Table::Drones).len());
+
+    // Every action is that of its backend's records, and stands where they say.
+    for (place, bytes) in table(Table::Actions) {
+        let action: ActionRecord = decode(bytes).unwrap();
+        let backend = &backends[&action.backend_id];
+        assert_eq!(keys::drone(backend.drone_id), place[..4]);
+        let (index, sub) = keys::split_action(place).unwrap();
+        match action.action {
+            PendingAction::Spawn { token, .. } => {
+                assert_eq!((token, index, sub), (backend.token, backend.token, 0));
+                assert_eq!(backend.state().status(), BackendStatus::Scheduled, "{}", action.backend_id);
+            }
+            PendingAction::Terminate { .. } => assert_eq!(backend.terminate_action, Some((index, sub))),
+        }
+    }
+
+    let mut filed = BTreeSet::new();
+    for (key, bytes) in table(Table::Idempotency) {
+        let record: IdempotencyRecord = decode(bytes).unwrap();
+        filed.insert(keys::timed(record.expires_at_ms, key));
+    }
+    let index: BTreeSet<Vec<u8>> = table(Table::IdempotencyExpiry).keys().map(|k| k.to_vec()).collect();
+    assert_eq!(index, filed);
+    assert_eq!(progress.idempotency_records, filed.len() as u64);
+    assert_eq!(progress.supplied_ids, table(Table::SuppliedIds).len() as u64);
+}

@@ -1,0 +1,505 @@
+//! The world around the state machine, and the model of what it must hold.
+
+use crate::common::{Replica, acquire, form, key, plain, register, report, spawn, state_of};
+use crate::drone::{SimDrone, Spawned};
+use holdfast_core::clock::ClusterClock;
+use holdfast_core::command::{Command, HeartbeatItem, Proposal, Renew, RenewKey, Sweep};
+use holdfast_core::outcome::{Outcome, Refusal, RenewOutcome};
+use holdfast_core::records::PendingAction;
+use holdfast_core::view::DueAction;
+use holdfast_wire::{BackendStatus, LeaseConfig, TerminationKind, TerminationReason};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// As tight as the rule of the timeline allows: 52 s · 1.05/0.95 + 2 s ≤ 60 s.
+pub const LEASE: LeaseConfig = LeaseConfig {
+    renew_ms: 30_000,
+    soft_terminate_ms: 40_000,
+    hard_terminate_ms: 52_000,
+    expiry_ms: 60_000,
+};
+const RECORDS_KEEP_MS: u64 = 3_600_000;
+
+/// One thing that happens.
+#[derive(Debug, Clone)]
+pub enum Op {
+    Connect { key: usize, tag: u8, first: usize, second: usize },
+    Heartbeat(usize),
+    Renew(usize),
+    ReadActions(usize),
+    Deliver(proptest::sample::Index),
+    Repeat(proptest::sample::Index),
+    Lose(proptest::sample::Index),
+    /// Everybody says what they have to say, and everything arrives, in order.
+    Settle,
+    Advance(u64),
+    AdvanceToExpiry { key: usize, offset_ms: i64 },
+    Restart { drone: usize, wall_ms: i64 },
+    Crash(usize),
+    Reconnect(usize),
+    ReportAgain(usize),
+    BackendExits(usize),
+    Terminate { key: usize, hard: bool },
+    AllowRenew { key: usize, allow: bool },
+    ProposeSweep,
+    Revoke(usize),
+    LeaderChange { outage_ms: u64, rate_permille: u64, boot_ms: u64 },
+}
+
+/// On its way, perhaps for ever.
+#[derive(Debug, Clone)]
+enum Message {
+    Heartbeat(HeartbeatItem),
+    Renew { drone: usize, session: u64, local_time_ms: i64, keys: Vec<RenewKey> },
+    Report { drone: usize, backend_id: String, status: BackendStatus, token: u64 },
+    Ack { drone: usize, action_id: String },
+    Register { drone: usize, incarnation: String, session: String },
+    Sweep(Sweep),
+    Action { drone: usize, session: u64, action: Box<DueAction> },
+    Renewed { drone: usize, session: u64, local_time_ms: i64, backend_ids: Vec<String> },
+}
+
+/// What is wrong with this world on purpose.
+#[derive(Debug, Clone, Copy)]
+pub struct Faults {
+    pub ignore_deadlines: bool,
+    pub forget_backends: bool,
+    pub drone_rate_permille: Option<u64>,
+}
+
+impl Faults {
+    pub fn none() -> Self {
+        Self { ignore_deadlines: false, forget_backends: false, drone_rate_permille: None }
+    }
+}
+
+macro_rules! stats {
+    ($($name:ident),* $(,)?) => {
+        /// What happened, to see that something did.
+        #[derive(Debug, Clone, Copy, Default)]
+        pub struct Stats { $(pub $name: u64),* }
+        impl Stats {
+            pub fn add(&mut self, other: Stats) { $(self.$name += other.$name;)* }
+        }
+    };
+}
+stats!(
+    acquired, found, leaving, tag_mismatch, no_drone, taken_over, released, swept, renewed, renewals_refused,
+    started, late_spawns, killed_at_deadline, successors, adopted,
+);
+
+/// A held key, as it must be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelKey {
+    pub backend_id: String,
+    pub drone: usize,
+    pub tag: String,
+    pub token: u64,
+    pub expires_at_ms: u64,
+    pub allow_renew: bool,
+    /// Real time of the acquisition or last renewal, ms.
+    pub extended_real_ms: u64,
+}
+
+/// See the module.
+pub struct Sim {
+    pub replica: Replica,
+    pub real_ms: u64,
+    pub drones: Vec<SimDrone>,
+    pub model: BTreeMap<usize, ModelKey>,
+    /// Tokens that held a key and no longer do.
+    pub gone: BTreeMap<usize, BTreeSet<u64>>,
+    pub stats: Stats,
+    faults: Faults,
+    clock: ClusterClock,
+    term: u64,
+    leader_rate_permille: u64,
+    leader_boot_ms: u64,
+    leaderless_ms: u64,
+    network: Vec<Message>,
+    next_backend: u64,
+}
+
+pub fn key_name(key: usize) -> String {
+    format!("k{key}")
+}
+
+impl Sim {
+    pub fn new(_keys: usize, drones: usize, faults: Faults) -> Self {
+        let rate = |i: usize| faults.drone_rate_permille.unwrap_or([950, 1000, 1050][i % 3]);
+        let mut sim = Self {
+            replica: Replica::default(),
+            real_ms: 0,
+            drones: (0..drones).map(|i| SimDrone::new(i as i32 + 1, rate(i))).collect(),
+            model: BTreeMap::new(),
+            gone: BTreeMap::new(),
+            stats: Stats::default(),
+            faults,
+            clock: ClusterClock::new(),
+            term: 1,
+            leader_rate_permille: 1050,
+            leader_boot_ms: 77_000,
+            leaderless_ms: 0,
+            network: Vec::new(),
+            next_backend: 0,
+        };
+        sim.propose(form(LEASE, RECORDS_KEEP_MS));
+        for drone in 0..drones {
+            sim.connect_drone(drone);
+        }
+        for message in std::mem::take(&mut sim.network) {
+            sim.deliver(message).unwrap();
+        }
+        sim
+    }
+
+    fn propose(&mut self, command: Command) -> Outcome {
+        let logged_ms = self.replica.progress().cluster_time_ms;
+        let boot_ms = self.leader_boot_ms + self.real_ms * self.leader_rate_permille / 1000;
+        let stamp = self.clock.stamp(self.term, boot_ms, logged_ms, Some(self.leaderless_ms));
+        let proposal: Proposal = plain(command);
+        self.replica.apply(self.term, stamp, &proposal).0.outcome
+    }
+
+    pub fn now_ms(&self) -> u64 {
+        self.replica.progress().cluster_time_ms
+    }
+
+    /// What the leader's clock says now, applied or not.
+    fn leader_now_ms(&self) -> u64 {
+        let boot_ms = self.leader_boot_ms + self.real_ms * self.leader_rate_permille / 1000;
+        self.clock.now_ms(self.term, boot_ms).unwrap_or(0).max(self.now_ms())
+    }
+
+    pub fn step(&mut self, op: &Op) -> Result<(), String> {
+        match op {
+            Op::Connect { key, tag, first, second } => return self.connect(*key, *tag, [*first, *second]),
+            Op::Heartbeat(drone) => self.send_heartbeat(*drone),
+            Op::Renew(drone) => self.send_renewals(*drone),
+            Op::ReadActions(drone) => self.read_actions(*drone),
+            Op::Deliver(index) if !self.network.is_empty() => {
+                let message = self.network.remove(index.index(self.network.len()));
+                return self.deliver(message);
+            }
+            Op::Repeat(index) if !self.network.is_empty() => {
+                let message = self.network[index.index(self.network.len())].clone();
+                return self.deliver(message);
+            }
+            Op::Lose(index) if !self.network.is_empty() => {
+                self.network.remove(index.index(self.network.len()));
+            }
+            Op::Deliver(_) | Op::Repeat(_) | Op::Lose(_) => {}
+            Op::Settle => return self.settle(),
+            Op::Advance(ms) => self.advance(*ms),
+            Op::AdvanceToExpiry { key, offset_ms } => {
+                if let Some(held) = self.model.get(key) {
+                    let ahead_ms = held.expires_at_ms.saturating_sub(self.leader_now_ms());
+                    let real_ms = (ahead_ms * 1000 / self.leader_rate_permille).saturating_add_signed(*offset_ms);
+                    self.advance(real_ms);
+                }
+            }
+            Op::Restart { drone, wall_ms } => {
+                self.drones[*drone].restart(*wall_ms);
+                self.connect_drone(*drone);
+                self.report_again(*drone);
+            }
+            Op::Crash(drone) => self.drones[*drone].alive = false,
+            Op::Reconnect(drone) if self.drones[*drone].alive => {
+                self.drones[*drone].session += 1;
+                self.connect_drone(*drone);
+            }
+            Op::Reconnect(_) => {}
+            Op::ReportAgain(drone) if self.drones[*drone].alive => self.report_again(*drone),
+            Op::ReportAgain(_) => {}
+            Op::BackendExits(drone) => {
+                if let Some(backend) = self.drones[*drone].backends.values_mut().find(|b| b.running) {
+                    backend.running = false;
+                    backend.status = BackendStatus::Terminated;
+                }
+            }
+            Op::Terminate { key, hard } => {
+                if let Some(held) = self.model.get(key) {
+                    let backend_id = held.backend_id.clone();
+                    let kind = if *hard { TerminationKind::Hard } else { TerminationKind::Soft };
+                    self.propose(Command::Terminate { backend_id, kind, reason: TerminationReason::External });
+                }
+            }
+            Op::AllowRenew { key, allow } => {
+                let (namespace, name) = (String::new(), key_name(*key));
+                let outcome = self.propose(Command::SetAllowRenew { namespace, name, allow: *allow });
+                if let (Outcome::Updated(_), Some(held)) = (outcome, self.model.get_mut(key)) {
+                    held.allow_renew = *allow;
+                }
+            }
+            Op::ProposeSweep => {
+                let keys = self.replica.view().expired_candidates(self.leader_now_ms(), 10).unwrap();
+                self.network.push(Message::Sweep(Sweep { keys, records: true }));
+            }
+            Op::Revoke(key) => {
+                self.propose(Command::RevokeKey { namespace: String::new(), name: key_name(*key) });
+            }
+            Op::LeaderChange { outage_ms, rate_permille, boot_ms } => {
+                self.advance(*outage_ms);
+                self.term += 1;
+                self.leader_rate_permille = *rate_permille;
+                self.leader_boot_ms = *boot_ms;
+                self.leaderless_ms = *outage_ms;
+                self.replica.blank(self.term);
+            }
+        }
+        Ok(())
+    }
+
+    fn advance(&mut self, ms: u64) {
+        self.real_ms += ms;
+        if self.faults.ignore_deadlines {
+            return;
+        }
+        for drone in &mut self.drones {
+            self.stats.killed_at_deadline += drone.end_overdue(self.real_ms, LEASE.kill_ms()) as u64;
+        }
+    }
+
+    fn connect(&mut self, at: usize, tag: u8, candidates: [usize; 2]) -> Result<(), String> {
+        let tag = if tag == 0 { String::new() } else { "other".to_owned() };
+        let backend_id = format!("b{}", self.next_backend);
+        self.next_backend += 1;
+        let ids = candidates.map(|drone| self.drones[drone].id);
+        let outcome = self.propose(acquire(key(&key_name(at), &tag), Some(spawn(&backend_id, &ids))));
+        let now_ms = self.now_ms();
+        let held = self.model.get(&at).cloned();
+        let live = held.as_ref().filter(|held| held.expires_at_ms > now_ms);
+        match (outcome, live) {
+            (Outcome::Refused(Refusal::TagMismatch { held }), Some(live)) if live.tag == held && held != tag => {
+                self.stats.tag_mismatch += 1;
+            }
+            (Outcome::Found(holder), Some(live)) if live.tag == tag && live.backend_id == holder.backend_id => {
+                self.stats.found += 1;
+            }
+            (Outcome::Leaving(holder), Some(live)) if live.tag == tag && live.backend_id == holder.backend_id => {
+                self.stats.leaving += 1;
+            }
+            (Outcome::Refused(Refusal::NoDrone), None) => self.stats.no_drone += 1,
+            (Outcome::Acquired(holder), None) => {
+                self.stats.acquired += 1;
+                if let Some(expired) = held {
+                    self.stats.taken_over += 1;
+                    self.forget(at, &expired)?;
+                }
+                let drone = (0..self.drones.len())
+                    .find(|drone| self.drones[*drone].name == holder.drone)
+                    .ok_or("a drone that does not exist was chosen")?;
+                let taken = ModelKey {
+                    backend_id,
+                    drone,
+                    tag,
+                    token: self.replica.index,
+                    expires_at_ms: now_ms + LEASE.expiry_ms,
+                    allow_renew: true,
+                    extended_real_ms: self.real_ms,
+                };
+                self.model.insert(at, taken);
+            }
+            (outcome, live) => {
+                return Err(format!("invariant 3: {outcome:?} while the model has {live:?}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// A key ended by its expiry: real time must agree, within the tolerance of the leaders' clocks.
+    pub fn forget(&mut self, at: usize, held: &ModelKey) -> Result<(), String> {
+        self.gone.entry(at).or_default().insert(held.token);
+        let lasted_ms = self.real_ms - held.extended_real_ms;
+        if held.expires_at_ms > self.now_ms() || lasted_ms * 105 / 100 + 5 < LEASE.expiry_ms {
+            return Err(format!("invariant 3: {held:?} was ended after {lasted_ms} ms at {}", self.now_ms()));
+        }
+        Ok(())
+    }
+
+    fn connect_drone(&mut self, drone: usize) {
+        let (incarnation, session) =
+            (self.drones[drone].incarnation_name(), self.drones[drone].session_name());
+        self.network.push(Message::Register { drone, incarnation, session });
+    }
+
+    fn send_heartbeat(&mut self, drone: usize) {
+        if self.drones[drone].alive {
+            self.network.push(Message::Heartbeat(self.drones[drone].heartbeat(self.real_ms)));
+        }
+    }
+
+    fn send_renewals(&mut self, drone: usize) {
+        let it = &self.drones[drone];
+        if !it.alive {
+            return;
+        }
+        let keys = it
+            .backends
+            .iter()
+            .map(|(id, backend)| RenewKey { backend_id: id.clone(), token: Some(backend.token) })
+            .collect();
+        let (session, local_time_ms) = (it.session, it.local_ms(self.real_ms));
+        self.network.push(Message::Renew { drone, session, local_time_ms, keys });
+    }
+
+    fn report_again(&mut self, drone: usize) {
+        for (id, backend) in &self.drones[drone].backends {
+            self.network.push(Message::Report {
+                drone,
+                backend_id: id.clone(),
+                status: backend.status,
+                token: backend.token,
+            });
+        }
+    }
+
+    /// The controller that has the drone's session sends what is due. It serves the session only while it is the
+    /// drone's current one.
+    fn read_actions(&mut self, drone: usize) {
+        let it = &self.drones[drone];
+        let view = self.replica.view();
+        let current = view.drone(it.id).unwrap().is_some_and(|record| record.session == it.session_name());
+        if !it.alive || !current {
+            return;
+        }
+        let session = it.session;
+        for action in view.due_actions(it.id, None, self.leader_now_ms(), 100).unwrap() {
+            self.network.push(Message::Action { drone, session, action: Box::new(action) });
+        }
+    }
+
+    fn settle(&mut self) -> Result<(), String> {
+        for drone in 0..self.drones.len() {
+            self.send_heartbeat(drone);
+            self.send_renewals(drone);
+            if self.drones[drone].alive {
+                self.report_again(drone);
+            }
+        }
+        for _ in 0..2 {
+            for message in std::mem::take(&mut self.network) {
+                self.deliver(message)?;
+            }
+            for drone in 0..self.drones.len() {
+                self.read_actions(drone);
+            }
+        }
+        for message in std::mem::take(&mut self.network) {
+            self.deliver(message)?;
+        }
+        Ok(())
+    }
+
+    fn deliver(&mut self, message: Message) -> Result<(), String> {
+        match message {
+            Message::Heartbeat(item) => {
+                self.propose(Command::Heartbeats(vec![item]));
+            }
+            Message::Renew { drone, session, local_time_ms, keys } => {
+                return self.renew(drone, session, local_time_ms, keys);
+            }
+            Message::Report { drone, backend_id, status, token } => {
+                self.propose(report(self.drones[drone].id, &backend_id, state_of(status), Some(token)));
+                let held = self.model.iter().find(|(_, held)| held.backend_id == backend_id);
+                if let Some((&at, held)) = held.filter(|_| status == BackendStatus::Terminated) {
+                    self.stats.released += 1;
+                    self.gone.entry(at).or_default().insert(held.token);
+                    self.model.remove(&at);
+                }
+            }
+            Message::Ack { drone, action_id } => {
+                let drone_id = self.drones[drone].id;
+                self.propose(Command::AckActions { drone_id, action_ids: vec![action_id] });
+            }
+            Message::Register { drone, incarnation, session } => {
+                let name = self.drones[drone].name.clone();
+                self.propose(register(&name, &incarnation, &session, true));
+            }
+            Message::Sweep(sweep) => {
+                self.propose(Command::Sweep(sweep));
+            }
+            Message::Action { drone, session, action } => {
+                if self.drones[drone].alive && self.drones[drone].session == session {
+                    return self.receive(drone, &action);
+                }
+            }
+            Message::Renewed { drone, session, local_time_ms, backend_ids } => {
+                if self.drones[drone].alive && self.drones[drone].session == session {
+                    for id in backend_ids {
+                        self.drones[drone].renewed(&id, LEASE, local_time_ms);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn renew(
+        &mut self,
+        drone: usize,
+        session: u64,
+        local_time_ms: i64,
+        keys: Vec<RenewKey>,
+    ) -> Result<(), String> {
+        let drone_id = self.drones[drone].id;
+        let outcome = self.propose(Command::Renew(Renew { drone_id, keys: keys.clone() }));
+        let Outcome::Renewed(outcomes) = outcome else { return Err(format!("renewal: {outcome:?}")) };
+        let now_ms = self.now_ms();
+        let mut granted = Vec::new();
+        for (item, outcome) in keys.into_iter().zip(outcomes) {
+            let held = self.model.values_mut().find(|held| {
+                held.backend_id == item.backend_id
+                    && held.drone == drone
+                    && Some(held.token) == item.token
+                    && held.expires_at_ms > now_ms
+            });
+            match (outcome, held) {
+                (RenewOutcome::Renewed, Some(held)) if held.allow_renew => {
+                    self.stats.renewed += 1;
+                    held.expires_at_ms = held.expires_at_ms.max(now_ms + LEASE.expiry_ms);
+                    held.extended_real_ms = self.real_ms;
+                    granted.push(item.backend_id);
+                }
+                (RenewOutcome::Prevented, Some(held)) if !held.allow_renew => {}
+                (RenewOutcome::NotHolder | RenewOutcome::Unknown, None) => self.stats.renewals_refused += 1,
+                (outcome, held) => {
+                    return Err(format!("invariant 4: {item:?} was {outcome:?} with {held:?}"));
+                }
+            }
+        }
+        self.network.push(Message::Renewed { drone, session, local_time_ms, backend_ids: granted });
+        Ok(())
+    }
+
+    fn receive(&mut self, drone: usize, due: &DueAction) -> Result<(), String> {
+        let id = &due.record.backend_id;
+        let key: usize = due.backend.key.name[1..].parse().map_err(|_| "a key that nobody asked for")?;
+        self.network.push(Message::Ack { drone, action_id: due.action_id.clone() });
+        match &due.record.action {
+            PendingAction::Spawn { local_time_ms, lease, token, .. } => {
+                if self.faults.forget_backends {
+                    self.drones[drone].backends.remove(id);
+                }
+                let spawned =
+                    self.drones[drone].spawn(self.real_ms, id, key, *token, *lease, *local_time_ms);
+                match spawned {
+                    Spawned::Started => {
+                        self.stats.started += 1;
+                        if self.gone.get(&key).is_some_and(|gone| !gone.is_empty()) {
+                            self.stats.successors += 1;
+                        }
+                    }
+                    Spawned::Late => self.stats.late_spawns += 1,
+                    Spawned::Known => {}
+                }
+            }
+            PendingAction::Terminate { kind, .. } => {
+                self.drones[drone].terminate(self.real_ms, id, key, due.backend.token, *kind);
+            }
+        }
+        let backend = &self.drones[drone].backends[id];
+        let (status, token) = (backend.status, backend.token);
+        self.network.push(Message::Report { drone, backend_id: id.clone(), status, token });
+        Ok(())
+    }
+}

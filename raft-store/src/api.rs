@@ -1,0 +1,185 @@
+//! What the rest of Holdfast sees of a replica: no openraft and no RocksDB type appears here.
+
+use crate::state_db::StateHandle;
+use holdfast_core::outcome::Outcome;
+use holdfast_core::view::View;
+use holdfast_wire::LeaseConfig;
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// How to open a replica.
+#[derive(Debug, Clone)]
+pub struct StoreConfig {
+    /// Member id, never reused.
+    pub id: u64,
+    /// Directory of this replica alone.
+    pub data_dir: PathBuf,
+    /// Where to listen for peers.
+    pub peer_listen: SocketAddr,
+    /// Where clients reach this replica's HTTP API; told to the peers.
+    pub advertise_url: String,
+    /// Members of a new cluster: id → peer address. Ignored once the replica has a log.
+    pub initial_cluster: BTreeMap<u64, String>,
+    /// Lease durations that the operator gave, if any: forms a new cluster with them; a formed cluster with other ones
+    /// is refused.
+    pub lease: Option<LeaseConfig>,
+    /// How long terminated backends are kept, in milliseconds of cluster time; used when a cluster is formed.
+    pub terminated_keep_ms: u64,
+    /// Time without a leader's message after which a follower asks for an election, in milliseconds.
+    pub election_timeout_ms: u64,
+    /// Log entries between snapshots.
+    pub snapshot_every: u64,
+}
+
+/// The replica can't be opened. Nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// A setting is wrong.
+    #[error("{field} {problem}")]
+    Config {
+        /// The setting.
+        field: &'static str,
+        /// What is wrong.
+        problem: String,
+    },
+    /// Another process uses the data directory.
+    #[error("the data directory {0} is in use by another process")]
+    Locked(PathBuf),
+    /// The data directory belongs to another member.
+    #[error("the data directory {dir} belongs to member {found}, not {expected}")]
+    OtherMember {
+        /// The directory.
+        dir: PathBuf,
+        /// Id found in it.
+        found: u64,
+        /// Id configured.
+        expected: u64,
+    },
+    /// The operator's lease durations differ from the cluster's.
+    #[error("this controller was started with --lease {given}, but the cluster was formed with {formed}")]
+    OtherLease {
+        /// The operator's.
+        given: LeaseConfig,
+        /// The cluster's.
+        formed: LeaseConfig,
+    },
+    /// The disk or the database failed, or what it holds is damaged.
+    #[error("{what}: {error}")]
+    Storage {
+        /// What was being done, and the file or directory.
+        what: String,
+        /// The cause.
+        error: String,
+    },
+    /// The peer listener can't be bound.
+    #[error("can't listen for peers on {addr}: {error}")]
+    Listen {
+        /// The address.
+        addr: SocketAddr,
+        /// The cause.
+        error: std::io::Error,
+    },
+}
+
+/// The answer to a proposal that was applied.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    /// What became of it.
+    pub outcome: Outcome,
+    /// The outcome is the recorded one of an earlier proposal with the same idempotency key.
+    pub replayed: bool,
+    /// Log index of the entry.
+    pub index: u64,
+    /// Cluster time of the entry, in milliseconds.
+    pub cluster_time_ms: u64,
+}
+
+/// A proposal without an answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ProposeError {
+    /// Certainly not done: no leader was found before the deadline. Try again.
+    #[error("no leader was found in time; nothing was done")]
+    NoLeader,
+    /// Done or not done. Repeat it if it is safe to repeat.
+    #[error("the outcome is unknown: {0}")]
+    OutcomeUnknown(String),
+    /// Certainly not done: the proposal is larger than an entry may be.
+    #[error("the proposal has {0} bytes, at most {1} are allowed")]
+    TooLarge(usize, usize),
+    /// Certainly not done: too much is under way on this replica.
+    #[error("too many proposals are under way; nothing was done")]
+    Overloaded,
+    /// This replica has failed or is stopping.
+    #[error("this replica has stopped: {0}")]
+    Stopped(String),
+}
+
+/// A read without an answer. Reads change nothing, so all of these can be tried again, here or elsewhere.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ReadError {
+    /// No leader confirmed the read before the deadline.
+    #[error("no leader confirmed the read in time")]
+    NoLeader,
+    /// This replica has failed or is stopping.
+    #[error("this replica has stopped: {0}")]
+    Stopped(String),
+}
+
+/// The state as of some moment.
+pub struct ReadPoint {
+    /// Typed reads.
+    pub view: View<StateHandle>,
+    /// Cluster time of the read in milliseconds: the leader's live clock for a linearizable read, that of the last
+    /// applied entry for a local one.
+    pub now_ms: u64,
+    /// Term of the leader that confirmed it (linearizable reads), or this replica's.
+    pub term: u64,
+    /// Log index up to which this replica had applied at least.
+    pub applied: u64,
+}
+
+/// The leader, as this replica knows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LeaderInfo {
+    /// Member id.
+    pub id: u64,
+    /// URL of its HTTP API, once it told us.
+    pub url: Option<String>,
+}
+
+/// A member, as this replica knows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemberStatus {
+    /// Member id.
+    pub id: u64,
+    /// Peer address.
+    pub peer_addr: String,
+    /// URL of its HTTP API, once it told us.
+    pub url: Option<String>,
+    /// Whether it votes.
+    pub voter: bool,
+    /// Last log index known to be on it (of all members on the leader, of itself elsewhere).
+    pub last_log: Option<u64>,
+}
+
+/// This replica and its cluster.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReplicaStatus {
+    /// This member.
+    pub id: u64,
+    /// Current term.
+    pub term: u64,
+    /// The leader, if known.
+    pub leader: Option<LeaderInfo>,
+    /// Whether this replica leads.
+    pub is_leader: bool,
+    /// Last log index here.
+    pub last_log: u64,
+    /// Last applied index here.
+    pub applied: u64,
+    /// Index of the last snapshot here.
+    pub snapshot: u64,
+    /// Members.
+    pub members: Vec<MemberStatus>,
+}

@@ -1,0 +1,125 @@
+//! What the leader does by itself: forms a new cluster, keeps cluster time moving while keys are held, and sweeps.
+//! Every replica checks here that its operator's lease durations are the cluster's.
+
+use crate::boot_clock::{boot_ms, wall_ms};
+use crate::store::Inner;
+use crate::transport::wire::ProposeRefusal;
+use bytes::Bytes;
+use holdfast_core::codec::encode;
+use holdfast_core::command::{Command, FormCluster, Proposal, Sweep};
+use holdfast_core::kv::StateError;
+use holdfast_core::limits::SWEEP_KEYS_MAX;
+use holdfast_core::view::View;
+use openraft::async_runtime::watch::WatchReceiver;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use tokio::sync::broadcast::error::RecvError;
+
+/// How often the keeper looks.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// A leader of held keys proposes a tick when no entry was applied for this long.
+const TICK_AFTER_MS: u64 = 1_000;
+/// Deadline of the keeper's own proposals; it looks again afterwards.
+const PROPOSE_DEADLINE: Duration = Duration::from_secs(2);
+
+/// Runs until the replica stops.
+pub async fn run(inner: Arc<Inner>) {
+    let mut effects = inner.effects.subscribe();
+    let mut last_applied = (0, boot_ms());
+    loop {
+        let result = look(&inner, &mut last_applied).await;
+        if let Err(error) = result {
+            inner.fail(error.to_string());
+            return;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(LOOK_EVERY) => {}
+            effect = effects.recv(), if !inner.formed.load(Ordering::Acquire) => {
+                if matches!(effect, Err(RecvError::Closed)) { return }
+            }
+            () = inner.cancel.cancelled() => return,
+        }
+    }
+}
+
+async fn look(inner: &Arc<Inner>, last_applied: &mut (u64, u64)) -> Result<(), StateError> {
+    let view = View(inner.state.clone());
+    if !inner.formed.load(Ordering::Acquire)
+        && let Some(cluster) = view.cluster()?
+    {
+        if let Some(given) = inner.config.lease
+            && given != cluster.lease
+        {
+            let formed = cluster.lease;
+            inner.fail(crate::api::OpenError::OtherLease { given, formed }.to_string());
+            return Ok(());
+        }
+        inner.directory.set_cluster_id(cluster.cluster_id);
+        inner.formed.store(true, Ordering::Release);
+    }
+    let applied = inner.applied.borrow().index;
+    if applied != last_applied.0 {
+        *last_applied = (applied, boot_ms());
+    }
+    let (leads, term) = {
+        let metrics = inner.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        (metrics.current_leader == Some(inner.config.id) && metrics.state.is_leader(), metrics.current_term)
+    };
+    if !leads {
+        return Ok(());
+    }
+    if !inner.formed.load(Ordering::Acquire) {
+        propose(inner, form(inner), Some(wall_ms())).await;
+        return Ok(());
+    }
+    let progress = view.progress()?;
+    if progress.keys_held > 0 && boot_ms().saturating_sub(last_applied.1) >= TICK_AFTER_MS {
+        propose(inner, Command::Tick, None).await;
+    }
+    sweep(inner, &view, term).await
+}
+
+async fn sweep(
+    inner: &Arc<Inner>,
+    view: &View<crate::state_db::StateHandle>,
+    term: u64,
+) -> Result<(), StateError> {
+    loop {
+        // Without a stamp of this reign there is no live clock yet; applied time alone says what is surely past.
+        let now_ms = inner.stamper.now_ms(term).unwrap_or(0).max(inner.applied.borrow().cluster_time_ms);
+        let keys = view.expired_candidates(now_ms, SWEEP_KEYS_MAX)?;
+        let records = view.has_old_records(now_ms)?;
+        let more = keys.len() == SWEEP_KEYS_MAX;
+        if keys.is_empty() && !records {
+            return Ok(());
+        }
+        let done = propose(inner, Command::Sweep(Sweep { keys, records }), None).await;
+        if !done || !more || inner.cancel.is_cancelled() {
+            return Ok(());
+        }
+    }
+}
+
+fn form(inner: &Inner) -> Command {
+    let random: [u8; 16] = rand::random();
+    Command::FormCluster(FormCluster {
+        cluster_id: random.iter().map(|b| format!("{b:02x}")).collect(),
+        token_secret: rand::random(),
+        lease: inner.config.lease.unwrap_or_default(),
+        terminated_keep_ms: inner.config.terminated_keep_ms,
+    })
+}
+
+async fn propose(inner: &Arc<Inner>, command: Command, anchor_ms: Option<u64>) -> bool {
+    let bytes = Bytes::from(encode(&Proposal { command, idempotency: None }));
+    match inner.propose_with(bytes, anchor_ms, PROPOSE_DEADLINE).await {
+        Ok(_) => true,
+        Err(ProposeRefusal::NotLeader) => false,
+        Err(refusal) => {
+            tracing::debug!(?refusal, "the keeper's proposal has no answer; it will look again");
+            false
+        }
+    }
+}

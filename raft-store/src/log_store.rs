@@ -1,0 +1,588 @@
+//! The Raft log and vote in RocksDB, with group commit.
+//!
+//! ```text
+//!  raft task ──append/vote/truncate/purge──▶ tail (memory) ──▶ queue ──▶ writer thread
+//!      ▲                                                                   │ drains the queue into one batch,
+//!      └──────────── callbacks, in order, after the sync ◀─────────────────┘ one WAL sync
+//! ```
+//!
+//! One queue gives votes, appends, truncations and purges one serial order. Nothing here syncs on the caller's thread.
+//! The tail in memory serves replication and apply, and always holds whatever is not yet on disk.
+
+use crate::codec::{WireLogId, WireVote, decode_entry, encode_entry};
+use crate::types::{LogEntry, LogId, Stamper, TypeConfig, Vote};
+use bytes::Bytes;
+use holdfast_core::codec::{decode, encode};
+use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
+use openraft::{OptionalSend, entry::RaftEntry};
+use rocksdb::{ColumnFamilyDescriptor, DB, Direction, IteratorMode, Options, WriteBatch, WriteOptions};
+use std::collections::VecDeque;
+use std::fmt::Debug;
+use std::io;
+use std::ops::{Bound, RangeBounds};
+use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use tokio::sync::oneshot;
+
+/// Most bytes of flushed entries kept in memory.
+const TAIL_BYTES_MAX: usize = 64 << 20;
+/// Most flushed entries kept in memory.
+const TAIL_ENTRIES_MAX: usize = 16_384;
+/// Most operations in one batch.
+const BATCH_OPS_MAX: usize = 4096;
+/// Most bytes in one batch (a single larger operation still goes alone).
+const BATCH_BYTES_MAX: usize = 8 << 20;
+/// Most entries that one replication read returns.
+const READ_ENTRIES_MAX: u64 = 1024;
+/// Most bytes that one replication read returns (a single larger entry still goes alone).
+const READ_BYTES_MAX: usize = 4 << 20;
+
+const CF_LOG: &str = "log";
+const CF_META: &str = "meta";
+const KEY_VOTE: &[u8] = b"vote";
+const KEY_PURGED: &[u8] = b"purged";
+const KEY_COMMITTED: &[u8] = b"committed";
+const KEY_MEMBER: &[u8] = b"member";
+
+/// Makes the state durable; called before entries are purged, so that the state never needs one that is gone.
+pub type BeforePurge = Box<dyn Fn() -> io::Result<()> + Send + Sync>;
+
+struct TailEntry {
+    entry: LogEntry,
+    bytes: usize,
+}
+
+/// What is known of the log without reading the disk.
+#[derive(Default)]
+struct Tail {
+    entries: VecDeque<TailEntry>,
+    /// Index of the first entry in `entries`, or where it would be.
+    first: u64,
+    bytes: usize,
+    /// All entries up to here are on disk.
+    flushed: u64,
+    last: Option<LogId>,
+    purged: Option<LogId>,
+    vote: Option<Vote>,
+    committed: Option<LogId>,
+}
+
+impl Tail {
+    fn next_index(&self) -> u64 {
+        self.first + self.entries.len() as u64
+    }
+
+    fn evict(&mut self) {
+        while (self.entries.len() > TAIL_ENTRIES_MAX || self.bytes > TAIL_BYTES_MAX)
+            && self.first <= self.flushed
+        {
+            self.pop_front();
+        }
+    }
+
+    fn pop_front(&mut self) {
+        if let Some(evicted) = self.entries.pop_front() {
+            self.bytes -= evicted.bytes;
+            self.first += 1;
+        }
+    }
+}
+
+enum Op {
+    Append { rows: Vec<(u64, Vec<u8>)>, last: u64, bytes: usize, callback: IOFlushed<TypeConfig> },
+    Vote { vote: Vote, done: oneshot::Sender<io::Result<()>> },
+    Truncate { from: u64, done: oneshot::Sender<io::Result<()>> },
+    Purge { upto: LogId, done: oneshot::Sender<io::Result<()>> },
+    Committed { committed: Option<LogId> },
+    Stop,
+}
+
+impl Op {
+    fn bytes(&self) -> usize {
+        match self {
+            Op::Append { bytes, .. } => *bytes,
+            _ => 0,
+        }
+    }
+}
+
+struct Shared {
+    db: DB,
+    tail: Mutex<Tail>,
+    queue: mpsc::Sender<Op>,
+    stamper: Arc<Stamper>,
+    writer: Mutex<Option<std::thread::JoinHandle<()>>>,
+}
+
+impl Shared {
+    fn tail(&self) -> MutexGuard<'_, Tail> {
+        self.tail.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Shared {
+    /// Waits for the writer, so that whoever opens the directory next finds it closed.
+    fn drop(&mut self) {
+        let _ = self.queue.send(Op::Stop);
+        let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(writer) = writer
+            && writer.thread().id() != std::thread::current().id()
+        {
+            let _ = writer.join();
+        }
+    }
+}
+
+/// The log of one replica. Cloning it is cheap.
+#[derive(Clone)]
+pub struct LogStore {
+    shared: Arc<Shared>,
+}
+
+fn io_error(error: impl std::fmt::Display) -> io::Error {
+    io::Error::other(error.to_string())
+}
+
+fn index_key(index: u64) -> [u8; 8] {
+    index.to_be_bytes()
+}
+
+/// Options that both databases of a replica share.
+pub(crate) fn db_options() -> Options {
+    let mut options = Options::default();
+    options.create_if_missing(true);
+    options.create_missing_column_families(true);
+    // A torn tail is what an unsynced write looks like after power loss; anything else that is damaged must stop us.
+    options.set_wal_recovery_mode(rocksdb::DBRecoveryMode::TolerateCorruptedTailRecords);
+    options.set_track_and_verify_wals_in_manifest(true);
+    options.set_paranoid_checks(true);
+    options.set_keep_log_file_num(4);
+    options.set_max_background_jobs(2);
+    options
+}
+
+impl LogStore {
+    /// Opens the log in `dir` for `member`. An `Err` of kind `InvalidData` with "member" means another member's log.
+    pub fn open(
+        dir: &Path,
+        member: u64,
+        stamper: Arc<Stamper>,
+        before_purge: BeforePurge,
+    ) -> io::Result<Result<Self, u64>> {
+        let mut options = db_options();
+        options.set_write_buffer_size(64 << 20);
+        options.set_max_total_wal_size(256 << 20);
+        let cfs = [CF_LOG, CF_META].map(|name| {
+            let mut options = Options::default();
+            options.set_write_buffer_size(64 << 20);
+            ColumnFamilyDescriptor::new(name, options)
+        });
+        let db = DB::open_cf_descriptors(&options, dir, cfs).map_err(io_error)?;
+        let meta = db.cf_handle(CF_META).ok_or_else(|| io_error("the log has no meta table"))?;
+        match db.get_cf(meta, KEY_MEMBER).map_err(io_error)? {
+            Some(found) => {
+                let found = decode::<u64>(&found).map_err(io_error)?;
+                if found != member {
+                    return Ok(Err(found));
+                }
+            }
+            None => {
+                let mut sync = WriteOptions::default();
+                sync.set_sync(true);
+                db.put_cf_opt(meta, KEY_MEMBER, encode(&member), &sync).map_err(io_error)?;
+            }
+        }
+        let read_id = |key| -> io::Result<Option<LogId>> {
+            let bytes = db.get_cf(meta, key).map_err(io_error)?;
+            bytes.map(|b| decode::<WireLogId>(&b).map(Into::into).map_err(io_error)).transpose()
+        };
+        let purged = read_id(KEY_PURGED)?;
+        let committed = read_id(KEY_COMMITTED)?;
+        let vote = db
+            .get_cf(meta, KEY_VOTE)
+            .map_err(io_error)?
+            .map(|b| decode::<WireVote>(&b).map(Vote::from).map_err(io_error))
+            .transpose()?;
+        let last = last_on_disk(&db)?.map(|entry| entry.log_id);
+        let last = last.max(purged);
+        let next = last.map_or(0, |id| id.index + 1);
+        if let Some(purged) = purged
+            && last.is_some_and(|last| last.index > purged.index)
+        {
+            check_first_after(&db, purged.index)?;
+        }
+        let tail = Tail {
+            first: next,
+            flushed: next.saturating_sub(1),
+            last,
+            purged,
+            vote,
+            committed,
+            ..Tail::default()
+        };
+        let (queue, ops) = mpsc::channel();
+        let shared =
+            Arc::new(Shared { db, tail: Mutex::new(tail), queue, stamper, writer: Mutex::new(None) });
+        let this = Self { shared: shared.clone() };
+        this.refresh_last_stamp()?;
+        // The thread holds the database only weakly between batches, so that dropping the store closes it.
+        let weak = Arc::downgrade(&shared);
+        let writer = std::thread::Builder::new().name("log-writer".into()).spawn(move || {
+            let mut failed = None;
+            while let Ok(first) = ops.recv() {
+                let Some(shared) = weak.upgrade() else { break };
+                if !write_batch(&shared, &ops, first, &before_purge, &mut failed) {
+                    break;
+                }
+            }
+        })?;
+        *shared.writer.lock().unwrap_or_else(PoisonError::into_inner) = Some(writer);
+        Ok(Ok(this))
+    }
+
+    /// Stops the writer thread after everything queued so far, and waits for it.
+    pub fn stop(&self) {
+        let _ = self.shared.queue.send(Op::Stop);
+        let writer = self.shared.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(writer) = writer {
+            let _ = writer.join();
+        }
+    }
+
+    /// Whether nothing was ever written: no vote and no entry.
+    pub fn is_pristine(&self) -> bool {
+        let tail = self.shared.tail();
+        tail.last.is_none() && tail.vote.is_none()
+    }
+
+    fn send(&self, op: Op) -> io::Result<()> {
+        self.shared.queue.send(op).map_err(|_| io_error("the log's writer has stopped"))
+    }
+
+    async fn wait(done: oneshot::Receiver<io::Result<()>>) -> io::Result<()> {
+        done.await.map_err(|_| io_error("the log's writer has stopped"))?
+    }
+
+    /// Reads `[start, end)`, from disk what is no longer in memory.
+    fn read(&self, start: u64, end: u64, entries_max: u64, bytes_max: usize) -> io::Result<Vec<LogEntry>> {
+        let end = end.min(start.saturating_add(entries_max));
+        let (disk_end, mut from_memory) = {
+            let tail = self.shared.tail();
+            let start = tail.purged.map_or(start, |p| start.max(p.index + 1));
+            let from = start.max(tail.first);
+            let mut bytes = 0;
+            let mut entries = Vec::new();
+            for at in from..end.min(tail.next_index()) {
+                let held = &tail.entries[usize::try_from(at - tail.first).map_err(io_error)?];
+                bytes += held.bytes;
+                if bytes > bytes_max && !entries.is_empty() {
+                    break;
+                }
+                entries.push(held.entry.clone());
+            }
+            (end.min(tail.first), entries)
+        };
+        if start >= disk_end {
+            return Ok(from_memory);
+        }
+        let cf = self.shared.db.cf_handle(CF_LOG).ok_or_else(|| io_error("the log table is gone"))?;
+        let mut entries = Vec::new();
+        let mut bytes = 0;
+        let mut expected = None;
+        for row in self.shared.db.iterator_cf(cf, IteratorMode::From(&index_key(start), Direction::Forward)) {
+            let (key, value) = row.map_err(io_error)?;
+            let index = u64::from_be_bytes(key.as_ref().try_into().map_err(io_error)?);
+            if index >= disk_end {
+                break;
+            }
+            if expected.is_some_and(|expected| expected != index) {
+                return Err(io_error(format!("the log has a hole before index {index}")));
+            }
+            expected = Some(index + 1);
+            bytes += value.len();
+            if bytes > bytes_max && !entries.is_empty() {
+                return Ok(entries);
+            }
+            entries.push(decode_entry(index, &Bytes::from(value)).map_err(io_error)?);
+        }
+        // Nothing may be missing between the disk's part and memory's; before both, the log may simply not begin yet.
+        if expected.is_some_and(|expected| expected != disk_end) {
+            return Err(io_error(format!("the log has a hole before index {disk_end}")));
+        }
+        entries.append(&mut from_memory);
+        Ok(entries)
+    }
+
+    /// Sets the stamper's last stamp to that of the last stamped entry that is in the log *now*: a truncated entry's
+    /// stamp must not count, or time would run ahead for the keys that the surviving leader stamped (invariant 3).
+    fn refresh_last_stamp(&self) -> io::Result<()> {
+        let (mut at, purged) = {
+            let tail = self.shared.tail();
+            (tail.last.map_or(0, |id| id.index), tail.purged.map_or(0, |id| id.index))
+        };
+        let mut stamp_ms = 0;
+        while at > purged {
+            if let Some(stamp) = self.read(at, at + 1, 1, usize::MAX)?.first().and_then(LogEntry::stamp) {
+                stamp_ms = stamp.cluster_time_ms;
+                break;
+            }
+            at -= 1;
+        }
+        self.shared.stamper.last_in_log_ms.store(stamp_ms, Ordering::Release);
+        Ok(())
+    }
+}
+
+fn last_on_disk(db: &DB) -> io::Result<Option<LogEntry>> {
+    let cf = db.cf_handle(CF_LOG).ok_or_else(|| io_error("the log table is missing"))?;
+    match db.iterator_cf(cf, IteratorMode::End).next() {
+        None => Ok(None),
+        Some(row) => {
+            let (key, value) = row.map_err(io_error)?;
+            let index = u64::from_be_bytes(key.as_ref().try_into().map_err(io_error)?);
+            Ok(Some(decode_entry(index, &Bytes::from(value)).map_err(io_error)?))
+        }
+    }
+}
+
+fn check_first_after(db: &DB, purged: u64) -> io::Result<()> {
+    let cf = db.cf_handle(CF_LOG).ok_or_else(|| io_error("the log table is missing"))?;
+    match db.iterator_cf(cf, IteratorMode::From(&index_key(purged + 1), Direction::Forward)).next() {
+        Some(Ok((key, _))) if *key == index_key(purged + 1) => Ok(()),
+        Some(Err(error)) => Err(io_error(error)),
+        _ => Err(io_error(format!("the log does not go on at index {} after its purged part", purged + 1))),
+    }
+}
+
+/// Writes `first` and whatever else is queued as one batch. Returns false to stop.
+fn write_batch(
+    shared: &Shared,
+    ops: &mpsc::Receiver<Op>,
+    first: Op,
+    before_purge: &BeforePurge,
+    failed: &mut Option<String>,
+) -> bool {
+    let mut bytes = first.bytes();
+    let mut batch_ops = vec![first];
+    while batch_ops.len() < BATCH_OPS_MAX && bytes < BATCH_BYTES_MAX {
+        let Ok(op) = ops.try_recv() else { break };
+        bytes += op.bytes();
+        batch_ops.push(op);
+    }
+    let result = match failed {
+        // After a failed write nobody knows what is on disk: everything later fails too, and the replica stops.
+        Some(error) => Err(io_error(&*error)),
+        None => commit(shared, &batch_ops, before_purge),
+    };
+    if let Err(error) = &result {
+        tracing::error!(%error, "writing the log failed");
+        *failed = Some(error.to_string());
+    }
+    let outcome = || match &result {
+        Ok(()) => Ok(()),
+        Err(error) => Err(io_error(error)),
+    };
+    let mut go_on = true;
+    for op in batch_ops {
+        match op {
+            Op::Append { last, callback, .. } => {
+                if result.is_ok() {
+                    let mut tail = shared.tail();
+                    // A truncation may have been queued behind this append.
+                    tail.flushed = tail.flushed.max(last.min(tail.next_index().saturating_sub(1)));
+                    tail.evict();
+                }
+                callback.io_completed(outcome());
+            }
+            Op::Vote { done, .. } | Op::Truncate { done, .. } | Op::Purge { done, .. } => {
+                let _ = done.send(outcome());
+            }
+            Op::Committed { .. } => {}
+            Op::Stop => go_on = false,
+        }
+    }
+    go_on
+}
+
+fn commit(shared: &Shared, ops: &[Op], before_purge: &BeforePurge) -> io::Result<()> {
+    let db = &shared.db;
+    let log = db.cf_handle(CF_LOG).ok_or_else(|| io_error("the log table is gone"))?;
+    let meta = db.cf_handle(CF_META).ok_or_else(|| io_error("the meta table is gone"))?;
+    if ops.iter().any(|op| matches!(op, Op::Purge { .. })) {
+        before_purge()?;
+    }
+    let mut batch = WriteBatch::default();
+    let mut sync = false;
+    for op in ops {
+        match op {
+            Op::Append { rows, .. } => {
+                sync = true;
+                for (index, bytes) in rows {
+                    batch.put_cf(log, index_key(*index), bytes);
+                }
+            }
+            Op::Vote { vote, .. } => {
+                sync = true;
+                batch.put_cf(meta, KEY_VOTE, encode(&WireVote::from(*vote)));
+            }
+            Op::Truncate { from, .. } => {
+                sync = true;
+                batch.delete_range_cf(log, index_key(*from), index_key(u64::MAX));
+            }
+            Op::Purge { upto, .. } => {
+                sync = true;
+                batch.put_cf(meta, KEY_PURGED, encode(&WireLogId::from(*upto)));
+                batch.delete_range_cf(log, index_key(0), index_key(upto.index + 1));
+            }
+            // Only a hint of how far the state may be rebuilt at start: it rides along unsynced.
+            Op::Committed { committed: Some(committed) } => {
+                batch.put_cf(meta, KEY_COMMITTED, encode(&WireLogId::from(*committed)));
+            }
+            Op::Committed { committed: None } => batch.delete_cf(meta, KEY_COMMITTED),
+            Op::Stop => {}
+        }
+    }
+    let mut options = WriteOptions::default();
+    options.set_sync(sync);
+    db.write_opt(batch, &options).map_err(io_error)
+}
+
+impl RaftLogReader<TypeConfig> for LogStore {
+    async fn try_get_log_entries<RB: RangeBounds<u64> + Clone + Debug + OptionalSend>(
+        &mut self,
+        range: RB,
+    ) -> io::Result<Vec<LogEntry>> {
+        let (start, end) = bounds(&range);
+        self.read(start, end, u64::MAX, usize::MAX)
+    }
+
+    async fn read_vote(&mut self) -> io::Result<Option<Vote>> {
+        Ok(self.shared.tail().vote)
+    }
+
+    async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> io::Result<Vec<LogEntry>> {
+        self.read(start, end, READ_ENTRIES_MAX, READ_BYTES_MAX)
+    }
+}
+
+fn bounds(range: &impl RangeBounds<u64>) -> (u64, u64) {
+    let start = match range.start_bound() {
+        Bound::Included(at) => *at,
+        Bound::Excluded(at) => at + 1,
+        Bound::Unbounded => 0,
+    };
+    let end = match range.end_bound() {
+        Bound::Included(at) => at.saturating_add(1),
+        Bound::Excluded(at) => *at,
+        Bound::Unbounded => u64::MAX,
+    };
+    (start, end)
+}
+
+impl RaftLogStorage<TypeConfig> for LogStore {
+    type LogReader = Self;
+
+    async fn get_log_state(&mut self) -> io::Result<LogState<TypeConfig>> {
+        let tail = self.shared.tail();
+        Ok(LogState { last_purged_log_id: tail.purged, last_log_id: tail.last })
+    }
+
+    async fn get_log_reader(&mut self) -> Self {
+        self.clone()
+    }
+
+    async fn save_vote(&mut self, vote: &Vote) -> io::Result<()> {
+        let (done, saved) = oneshot::channel();
+        self.send(Op::Vote { vote: *vote, done })?;
+        Self::wait(saved).await?;
+        self.shared.tail().vote = Some(*vote);
+        Ok(())
+    }
+
+    async fn save_committed(&mut self, committed: Option<LogId>) -> io::Result<()> {
+        self.shared.tail().committed = committed;
+        self.send(Op::Committed { committed })
+    }
+
+    async fn read_committed(&mut self) -> io::Result<Option<LogId>> {
+        // What was appended unsynced before a crash may be gone while the hint to it is not, or the other way round.
+        let tail = self.shared.tail();
+        Ok(tail.committed.min(tail.last))
+    }
+
+    async fn append<I>(&mut self, entries: I, callback: IOFlushed<TypeConfig>) -> io::Result<()>
+    where
+        I: IntoIterator<Item = LogEntry> + OptionalSend,
+        I::IntoIter: OptionalSend,
+    {
+        let mut rows = Vec::new();
+        let mut total = 0;
+        let mut last = 0;
+        {
+            let mut tail = self.shared.tail();
+            for entry in entries {
+                let encoded = encode_entry(&entry)?;
+                let index = entry.index();
+                if tail.entries.is_empty() {
+                    tail.first = index;
+                }
+                assert!(
+                    index == tail.next_index(),
+                    "the log must have no hole: {index} after {:?}",
+                    tail.last
+                );
+                if let Some(stamp) = entry.stamp() {
+                    self.shared.stamper.last_in_log_ms.store(stamp.cluster_time_ms, Ordering::Release);
+                }
+                last = index;
+                total += encoded.len();
+                tail.bytes += encoded.len();
+                tail.last = Some(entry.log_id);
+                tail.entries.push_back(TailEntry { entry, bytes: encoded.len() });
+                rows.push((index, encoded));
+            }
+        }
+        self.send(Op::Append { rows, last, bytes: total, callback })
+    }
+
+    async fn truncate_after(&mut self, last_log_id: Option<LogId>) -> io::Result<()> {
+        let from = last_log_id.map_or(0, |id| id.index + 1);
+        {
+            let mut tail = self.shared.tail();
+            while tail.next_index() > from && !tail.entries.is_empty() {
+                if let Some(cut) = tail.entries.pop_back() {
+                    tail.bytes -= cut.bytes;
+                }
+            }
+            if tail.entries.is_empty() {
+                tail.first = from;
+            }
+            tail.flushed = tail.flushed.min(from.saturating_sub(1));
+            if tail.last.is_some_and(|last| last.index >= from) {
+                tail.last = last_log_id;
+            }
+        }
+        let (done, truncated) = oneshot::channel();
+        self.send(Op::Truncate { from, done })?;
+        Self::wait(truncated).await?;
+        self.refresh_last_stamp()
+    }
+
+    async fn purge(&mut self, log_id: LogId) -> io::Result<()> {
+        {
+            let mut tail = self.shared.tail();
+            tail.purged = tail.purged.max(Some(log_id));
+            while tail.first <= log_id.index && !tail.entries.is_empty() {
+                tail.pop_front();
+            }
+            if tail.entries.is_empty() {
+                tail.first = tail.first.max(log_id.index + 1);
+            }
+            tail.last = tail.last.max(Some(log_id));
+        }
+        let (done, purged) = oneshot::channel();
+        self.send(Op::Purge { upto: log_id, done })?;
+        Self::wait(purged).await
+    }
+}

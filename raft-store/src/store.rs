@@ -1,0 +1,618 @@
+//! The handle of a replica: opens it, forwards to the leader, waits for what is applied.
+
+use crate::api::{
+    Answer, LeaderInfo, MemberStatus, OpenError, ProposeError, ReadError, ReadPoint, ReplicaStatus,
+    StoreConfig,
+};
+use crate::keeper;
+use crate::log_store::LogStore;
+use crate::snapshots::Snapshots;
+use crate::state_db::StateHandle;
+use crate::state_machine::{AppliedTo, StateMachine};
+use crate::transport::Directory;
+use crate::transport::client::{RpcClient, RpcError};
+use crate::transport::network::PeerFactory;
+use crate::transport::server::{Forwarded, PeerServer};
+use crate::transport::wire::{ProposeRefusal, ProposedReply, ReadIndexReply, Reply, Request};
+use crate::types::{Proposed, Stamper, TypeConfig, members_of};
+use bytes::Bytes;
+use holdfast_core::codec::encode;
+use holdfast_core::command::Proposal;
+use holdfast_core::outcome::Effect;
+use holdfast_core::view::View;
+use openraft::async_runtime::instant::Instant as _;
+use openraft::async_runtime::watch::WatchReceiver;
+use openraft::errors::{ClientWriteError, RaftError};
+use openraft::raft::ReadPolicy;
+use openraft::{Config, RaftMetrics, SnapshotPolicy};
+use std::collections::HashMap;
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, broadcast, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+pub(crate) type Raft = openraft::Raft<TypeConfig, StateMachine>;
+
+/// Longest proposal in bytes.
+pub const PROPOSAL_BYTES_MAX: usize = 4 << 20;
+/// Proposals under way on one replica.
+const PROPOSALS_IN_FLIGHT_MAX: usize = 16_384;
+/// Batches of effects that a slow listener may lag behind before it has to look at everything.
+const EFFECTS_KEPT: usize = 4096;
+/// How long to wait for news of a leader before looking again.
+const LEADER_POLL: Duration = Duration::from_millis(50);
+/// How long one forwarded confirmation of a read may take before it is asked again.
+const READ_INDEX_TIMEOUT: Duration = Duration::from_millis(1000);
+/// A leader that no quorum has answered for this many election time-outs is taken to be cut off.
+const CUT_OFF_TIMEOUTS: u64 = 4;
+
+pub(crate) struct Inner {
+    pub(crate) config: StoreConfig,
+    pub(crate) raft: Raft,
+    pub(crate) state: StateHandle,
+    pub(crate) stamper: Arc<Stamper>,
+    pub(crate) directory: Arc<Directory>,
+    pub(crate) formed: AtomicBool,
+    pub(crate) cancel: CancellationToken,
+    pub(crate) effects: broadcast::Sender<Arc<[Effect]>>,
+    pub(crate) applied: watch::Receiver<AppliedTo>,
+    leader: watch::Sender<Option<LeaderInfo>>,
+    failed: watch::Sender<Option<String>>,
+    forward_clients: Mutex<HashMap<u64, (String, Arc<RpcClient>)>>,
+    in_flight: Semaphore,
+    snapshots: Arc<Snapshots>,
+    log: LogStore,
+    tasks: TaskTracker,
+    _lock: File,
+}
+
+/// A running replica. Cloning it is cheap.
+#[derive(Clone)]
+pub struct Store {
+    pub(crate) inner: Arc<Inner>,
+}
+
+fn storage(what: &str, path: &Path) -> impl FnOnce(String) -> OpenError {
+    let what = format!("{what} ({})", path.display());
+    move |error| OpenError::Storage { what, error }
+}
+
+fn lock_dir(dir: &Path) -> Result<File, OpenError> {
+    std::fs::create_dir_all(dir).map_err(|e| storage("making the data directory", dir)(e.to_string()))?;
+    let path = dir.join("LOCK");
+    let file = File::create(&path).map_err(|e| storage("making the lock file", &path)(e.to_string()))?;
+    // SAFETY: the descriptor is open for the length of the call.
+    if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
+        return Err(OpenError::Locked(PathBuf::from(dir)));
+    }
+    Ok(file)
+}
+
+fn raft_config(config: &StoreConfig) -> Result<Config, OpenError> {
+    let timeout = config.election_timeout_ms;
+    let raft = Config {
+        cluster_name: "holdfast".into(),
+        election_timeout_min: timeout * 4 / 5,
+        election_timeout_max: timeout * 6 / 5,
+        heartbeat_interval: (timeout / 4).max(1),
+        max_payload_entries: 1024,
+        snapshot_policy: SnapshotPolicy::LogsSinceLast(config.snapshot_every),
+        // A follower that is further behind than a snapshot's worth gets a snapshot.
+        replication_lag_threshold: config.snapshot_every * 2,
+        max_in_snapshot_log_to_keep: config.snapshot_every / 2,
+        purge_batch_size: 256,
+        install_snapshot_timeout: 600_000,
+        enable_pre_vote: Some(true),
+        // A restarted leader must not go on in its old term: its clock's reign is over.
+        enable_leader_restore: Some(false),
+        backoff: "50ms".into(),
+        ..Config::default()
+    };
+    raft.validate()
+        .map_err(|e| OpenError::Config { field: "election-timeout", problem: format!("does not do: {e}") })
+}
+
+impl Store {
+    /// Opens the replica, starts its tasks and, in a new cluster, initialises it.
+    pub async fn open(config: StoreConfig) -> Result<Self, OpenError> {
+        let raft_config = Arc::new(raft_config(&config)?);
+        if let Some(lease) = &config.lease {
+            lease.check().map_err(|e| OpenError::Config { field: "lease", problem: e.problem })?;
+        }
+        let dir = config.data_dir.clone();
+        let lock = lock_dir(&dir)?;
+        let stamper = Arc::new(Stamper::default());
+        let state_dir = dir.join("state");
+        let state = StateHandle::open(&state_dir)
+            .map_err(|e| storage("opening the state", &state_dir)(e.to_string()))?;
+        let snapshot_dir = dir.join("snapshots");
+        let snapshots = Arc::new(
+            Snapshots::open(&snapshot_dir)
+                .map_err(|e| storage("opening the snapshots", &snapshot_dir)(e.to_string()))?,
+        );
+        let log_dir = dir.join("log");
+        let durable_state = state.clone();
+        let log = LogStore::open(
+            &log_dir,
+            config.id,
+            stamper.clone(),
+            Box::new(move || durable_state.make_durable()),
+        )
+        .map_err(|e| storage("opening the log", &log_dir)(e.to_string()))?
+        .map_err(|found| OpenError::OtherMember { dir: dir.clone(), found, expected: config.id })?;
+        let cluster =
+            View(&state).cluster().map_err(|e| storage("reading the state", &state_dir)(e.to_string()))?;
+        if let (Some(cluster), Some(given)) = (&cluster, config.lease)
+            && cluster.lease != given
+        {
+            return Err(OpenError::OtherLease { given, formed: cluster.lease });
+        }
+        let listener = TcpListener::bind(config.peer_listen)
+            .await
+            .map_err(|error| OpenError::Listen { addr: config.peer_listen, error })?;
+
+        let applied = watch::Sender::new(AppliedTo::default());
+        let applied_rx = applied.subscribe();
+        let effects = broadcast::Sender::new(EFFECTS_KEPT);
+        let machine =
+            StateMachine::new(state.clone(), snapshots.clone(), stamper.clone(), applied, effects.clone())
+                .map_err(|e| storage("reading the state", &state_dir)(e.to_string()))?;
+        let directory = Arc::new(Directory::new(config.id, config.advertise_url.clone()));
+        if let Some(cluster) = &cluster {
+            directory.set_cluster_id(cluster.cluster_id.clone());
+        }
+        let network = PeerFactory {
+            directory: directory.clone(),
+            append_timeout: Duration::from_millis((config.election_timeout_ms * 4).max(1000)),
+        };
+        let pristine = log.is_pristine();
+        let raft = Raft::new(config.id, raft_config, network, log.clone(), machine)
+            .await
+            .map_err(|e| storage("starting the replica", &dir)(e.to_string()))?;
+
+        let inner = Arc::new(Inner {
+            raft: raft.clone(),
+            state,
+            stamper: stamper.clone(),
+            directory: directory.clone(),
+            formed: AtomicBool::new(cluster.is_some()),
+            cancel: CancellationToken::new(),
+            effects,
+            applied: applied_rx,
+            leader: watch::Sender::new(None),
+            failed: watch::Sender::new(None),
+            forward_clients: Mutex::default(),
+            in_flight: Semaphore::new(PROPOSALS_IN_FLIGHT_MAX),
+            snapshots: snapshots.clone(),
+            log,
+            tasks: TaskTracker::new(),
+            _lock: lock,
+            config,
+        });
+        let store = Self { inner: inner.clone() };
+        let server = Arc::new(PeerServer {
+            directory,
+            raft: raft.clone(),
+            forwarded: inner.clone(),
+            snapshots,
+            stamper,
+        });
+        let cancel = inner.cancel.clone();
+        inner.tasks.spawn(async move { server.run(listener, cancel).await });
+        inner.tasks.spawn(watch_raft(inner.clone()));
+        inner.tasks.spawn(keeper::run(inner.clone()));
+        if pristine && !inner.config.initial_cluster.is_empty() {
+            // Every member of a new cluster does this with the same members, and so makes the same first entry.
+            match raft.initialize(members_of(&inner.config.initial_cluster)).await {
+                Ok(()) | Err(RaftError::APIError(openraft::errors::InitializeError::NotAllowed(_))) => {}
+                Err(error) => {
+                    store.stop().await;
+                    return Err(OpenError::Config {
+                        field: "initial-cluster",
+                        problem: format!("does not do: {error}"),
+                    });
+                }
+            }
+        }
+        Ok(store)
+    }
+
+    /// Proposes a command through whoever leads (followers forward it over the peer transport) and waits until it is
+    /// applied there. Retries by itself while the answer is a definite "not done", until `deadline` from now.
+    pub async fn propose(&self, proposal: Proposal, deadline: Duration) -> Result<Answer, ProposeError> {
+        let bytes = Bytes::from(encode(&proposal));
+        if bytes.len() > PROPOSAL_BYTES_MAX {
+            return Err(ProposeError::TooLarge(bytes.len(), PROPOSAL_BYTES_MAX));
+        }
+        let inner = &self.inner;
+        let until = Instant::now() + deadline;
+        let mut leader = inner.leader.subscribe();
+        loop {
+            if let Some(why) = inner.stopped() {
+                return Err(ProposeError::Stopped(why));
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(ProposeError::NoLeader);
+            }
+            let known = leader.borrow_and_update().clone();
+            let answer = match known {
+                Some(info) if info.id == inner.config.id => inner.propose_here(bytes.clone(), left).await,
+                Some(info) => inner.propose_there(info.id, &bytes, left).await,
+                None => Err(ProposeRefusal::NotLeader),
+            };
+            match answer {
+                Ok(reply) => {
+                    return Ok(Answer {
+                        outcome: reply.outcome,
+                        replayed: reply.replayed,
+                        index: reply.index,
+                        cluster_time_ms: reply.cluster_time_ms,
+                    });
+                }
+                Err(ProposeRefusal::Overloaded) => return Err(ProposeError::Overloaded),
+                Err(ProposeRefusal::Unknown(why)) => return Err(ProposeError::OutcomeUnknown(why)),
+                Err(ProposeRefusal::NotLeader) => wait_for_change(&mut leader, left).await,
+            }
+        }
+    }
+
+    /// Waits until this replica has applied everything that was acknowledged before the call.
+    pub async fn linearizable(&self, deadline: Duration) -> Result<ReadPoint, ReadError> {
+        let inner = &self.inner;
+        let until = Instant::now() + deadline;
+        let mut leader = inner.leader.subscribe();
+        loop {
+            if let Some(why) = inner.stopped() {
+                return Err(ReadError::Stopped(why));
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(ReadError::NoLeader);
+            }
+            let known = leader.borrow_and_update().clone();
+            let confirm = async {
+                match known {
+                    Some(info) if info.id == inner.config.id => inner.read_index_here().await,
+                    Some(info) => inner.read_index_there(info.id, left.min(READ_INDEX_TIMEOUT)).await,
+                    None => None,
+                }
+            };
+            let confirmed = tokio::time::timeout(left.min(READ_INDEX_TIMEOUT), confirm).await.ok().flatten();
+            let Some(at) = confirmed else {
+                wait_for_change(&mut leader, left).await;
+                continue;
+            };
+            let left = until.saturating_duration_since(Instant::now());
+            self.wait_applied(at.index, left).await?;
+            return Ok(ReadPoint {
+                view: View(inner.state.clone()),
+                now_ms: at.now_ms.max(inner.applied.borrow().cluster_time_ms),
+                term: at.term,
+                applied: at.index,
+            });
+        }
+    }
+
+    /// The state as this replica has it, possibly stale.
+    pub fn local(&self) -> ReadPoint {
+        let inner = &self.inner;
+        let applied = *inner.applied.borrow();
+        let term = inner.raft.metrics().borrow_watched().current_term;
+        ReadPoint {
+            view: View(inner.state.clone()),
+            now_ms: inner.stamper.now_ms(term).unwrap_or(0).max(applied.cluster_time_ms),
+            term,
+            applied: applied.index,
+        }
+    }
+
+    /// Effects of entries, after they are applied here. A receiver that lags must look at everything again.
+    pub fn effects(&self) -> broadcast::Receiver<Arc<[Effect]>> {
+        self.inner.effects.subscribe()
+    }
+
+    /// The leader as this replica knows it, and its changes.
+    pub fn leader(&self) -> watch::Receiver<Option<LeaderInfo>> {
+        self.inner.leader.subscribe()
+    }
+
+    /// Waits until this replica has applied `index` (so that a follower that proposed sees its own write).
+    pub async fn wait_applied(&self, index: u64, deadline: Duration) -> Result<(), ReadError> {
+        let mut applied = self.inner.applied.clone();
+        let reached = applied.wait_for(|to| to.index >= index);
+        tokio::select! {
+            reached = tokio::time::timeout(deadline, reached) => match reached {
+                Ok(Ok(_)) => Ok(()),
+                Ok(Err(_)) => Err(ReadError::Stopped("the state machine has ended".into())),
+                Err(_) => Err(ReadError::NoLeader),
+            },
+            () = self.inner.cancel.cancelled() => Err(ReadError::Stopped("stopping".into())),
+        }
+    }
+
+    /// This replica and its cluster.
+    pub fn status(&self) -> ReplicaStatus {
+        let inner = &self.inner;
+        let metrics = inner.raft.metrics().borrow_watched().clone();
+        let id = inner.config.id;
+        let is_leader = metrics.current_leader == Some(id);
+        let voters: Vec<u64> = metrics.membership_config.membership().voter_ids().collect();
+        let members = metrics
+            .membership_config
+            .membership()
+            .nodes()
+            .map(|(member, node)| MemberStatus {
+                id: *member,
+                peer_addr: node.peer_addr.clone(),
+                url: inner.directory.url_of(*member),
+                voter: voters.contains(member),
+                last_log: if *member == id {
+                    metrics.last_log_index
+                } else {
+                    metrics
+                        .replication
+                        .as_ref()
+                        .and_then(|r| r.get(member).copied().flatten())
+                        .map(|at| at.index)
+                },
+            })
+            .collect();
+        ReplicaStatus {
+            id,
+            term: metrics.current_term,
+            leader: inner.leader.borrow().clone(),
+            is_leader,
+            last_log: metrics.last_log_index.unwrap_or(0),
+            applied: inner.applied.borrow().index,
+            snapshot: inner
+                .snapshots
+                .current()
+                .and_then(|(meta, _)| meta.last_log_id)
+                .map_or(0, |at| at.index),
+            members,
+        }
+    }
+
+    /// Resolves with the reason when the replica fails for good (disk, damage, other lease durations): the process
+    /// should exit.
+    pub async fn failed(&self) -> String {
+        let mut failed = self.inner.failed.subscribe();
+        match failed.wait_for(Option::is_some).await {
+            Ok(why) => why.clone().unwrap_or_default(),
+            // The sender lives as long as this store.
+            Err(_) => "the replica has ended".to_owned(),
+        }
+    }
+
+    /// If this replica leads, hands leadership to the most advanced follower and waits for the change, at most
+    /// `deadline`. Returns whether it no longer leads.
+    pub async fn transfer_leadership(&self, deadline: Duration) -> bool {
+        let inner = &self.inner;
+        let me = inner.config.id;
+        let mut metrics = inner.raft.metrics();
+        let to = {
+            let now = metrics.borrow_watched();
+            if now.current_leader != Some(me) {
+                return true;
+            }
+            let voters: Vec<u64> = now.membership_config.membership().voter_ids().collect();
+            now.replication.as_ref().and_then(|matched| {
+                matched
+                    .iter()
+                    .filter(|(id, at)| **id != me && voters.contains(id) && at.is_some())
+                    .max_by_key(|(_, at)| at.map(|at| at.index))
+                    .map(|(id, _)| *id)
+            })
+        };
+        let Some(to) = to else { return false };
+        if inner.raft.trigger().transfer_leader(to).await.is_err() {
+            return false;
+        }
+        let changed = metrics.wait_until(|now| now.current_leader.is_some_and(|leader| leader != me));
+        tokio::time::timeout(deadline, changed).await.is_ok_and(|changed| changed.is_ok())
+    }
+
+    /// Stops the replica's tasks and closes its databases.
+    pub async fn stop(&self) {
+        let inner = &self.inner;
+        inner.cancel.cancel();
+        inner.tasks.close();
+        inner.tasks.wait().await;
+        if let Err(error) = inner.raft.shutdown().await {
+            tracing::warn!(%error, "the replica did not stop cleanly");
+        }
+        let (log, state) = (inner.log.clone(), inner.state.clone());
+        let closed = tokio::task::spawn_blocking(move || {
+            log.stop();
+            state.make_durable()
+        });
+        match closed.await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "the state was not made durable; the log will replay it")
+            }
+            Err(error) => tracing::warn!(%error, "closing the databases failed"),
+        }
+    }
+}
+
+async fn wait_for_change(leader: &mut watch::Receiver<Option<LeaderInfo>>, left: Duration) {
+    let _ = tokio::time::timeout(left.min(LEADER_POLL), leader.changed()).await;
+}
+
+impl Inner {
+    fn stopped(&self) -> Option<String> {
+        if let Some(why) = self.failed.borrow().clone() {
+            return Some(why);
+        }
+        self.cancel.is_cancelled().then(|| "it is stopping".to_owned())
+    }
+
+    pub(crate) fn fail(&self, why: String) {
+        self.failed.send_if_modified(|failed| {
+            let first = failed.is_none();
+            if first {
+                tracing::error!(%why, "this replica has failed");
+                *failed = Some(why);
+            }
+            first
+        });
+    }
+
+    fn is_cut_off(&self, metrics: &RaftMetrics<TypeConfig>) -> bool {
+        let alone = metrics.membership_config.membership().voter_ids().count() <= 1;
+        let limit = Duration::from_millis(self.config.election_timeout_ms * CUT_OFF_TIMEOUTS);
+        !alone && metrics.last_quorum_acked.is_some_and(|at| at.into_inner().elapsed() > limit)
+    }
+
+    pub(crate) async fn propose_with(
+        &self,
+        bytes: Bytes,
+        anchor_ms: Option<u64>,
+        deadline: Duration,
+    ) -> Result<ProposedReply, ProposeRefusal> {
+        let Ok(_place) = self.in_flight.try_acquire() else { return Err(ProposeRefusal::Overloaded) };
+        let proposed = Proposed::new(bytes, self.stamper.clone(), anchor_ms);
+        let unknown = |why: String| Err(ProposeRefusal::Unknown(why));
+        match tokio::time::timeout(deadline, self.raft.client_write(proposed)).await {
+            Err(_) => unknown(format!("it was not applied within {} ms", deadline.as_millis())),
+            Ok(Ok(written)) => match written.data.0 {
+                Some(applied) => Ok(ProposedReply {
+                    outcome: applied.outcome,
+                    replayed: applied.replayed,
+                    index: written.log_id.index,
+                    cluster_time_ms: applied.cluster_time_ms,
+                }),
+                None => unknown("the entry has no answer".into()),
+            },
+            Ok(Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_)))) => {
+                Err(ProposeRefusal::NotLeader)
+            }
+            Ok(Err(RaftError::APIError(ClientWriteError::LogEntryDiscarded(_)))) => {
+                unknown("the leader changed after the entry was appended".into())
+            }
+            Ok(Err(error)) => unknown(error.to_string()),
+        }
+    }
+
+    async fn propose_there(
+        &self,
+        leader: u64,
+        bytes: &Bytes,
+        deadline: Duration,
+    ) -> Result<ProposedReply, ProposeRefusal> {
+        let Some(client) = self.forward_client(leader) else { return Err(ProposeRefusal::NotLeader) };
+        let Ok(_place) = self.in_flight.try_acquire() else { return Err(ProposeRefusal::Overloaded) };
+        let deadline_ms = u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX);
+        let request = Request::Propose { proposal: bytes.to_vec(), deadline_ms };
+        match client.request(&request, deadline).await {
+            Ok(Reply::Proposed(result)) => result,
+            Ok(other) => Err(ProposeRefusal::Unknown(format!("the leader answered {other:?}"))),
+            Err(RpcError::NotSent(_)) => Err(ProposeRefusal::NotLeader),
+            Err(RpcError::NoAnswer(why)) => Err(ProposeRefusal::Unknown(why)),
+        }
+    }
+
+    async fn read_index_there(&self, leader: u64, timeout: Duration) -> Option<ReadIndexReply> {
+        match self.forward_client(leader)?.request(&Request::ReadIndex, timeout).await {
+            Ok(Reply::ReadIndex(at)) => at,
+            _ => None,
+        }
+    }
+
+    fn forward_client(&self, target: u64) -> Option<Arc<RpcClient>> {
+        let addr = {
+            let metrics = self.raft.metrics();
+            let metrics = metrics.borrow_watched();
+            metrics.membership_config.membership().get_node(&target)?.peer_addr.clone()
+        };
+        let mut clients = self.forward_clients.lock().unwrap_or_else(PoisonError::into_inner);
+        match clients.get(&target) {
+            Some((known, client)) if *known == addr => Some(client.clone()),
+            _ => {
+                let client = Arc::new(RpcClient::new(self.directory.clone(), target, addr.clone()));
+                clients.insert(target, (addr, client.clone()));
+                Some(client)
+            }
+        }
+    }
+}
+
+impl Forwarded for Inner {
+    async fn propose_here(
+        &self,
+        proposal: Bytes,
+        deadline: Duration,
+    ) -> Result<ProposedReply, ProposeRefusal> {
+        // The first command of a cluster forms it, and anchors its time; nothing may come before.
+        if !self.formed.load(Ordering::Acquire) || self.is_cut_off(&self.raft.metrics().borrow_watched()) {
+            return Err(ProposeRefusal::NotLeader);
+        }
+        self.propose_with(proposal, None, deadline).await
+    }
+
+    async fn read_index_here(&self) -> Option<ReadIndexReply> {
+        let linearizer = self.raft.get_read_linearizer(ReadPolicy::ReadIndex).await.ok()?;
+        let log_id = *linearizer.read_log_id().log_id();
+        let term = self.raft.metrics().borrow_watched().current_term;
+        let now_ms = self.stamper.now_ms(term).unwrap_or(0).max(self.applied.borrow().cluster_time_ms);
+        Some(ReadIndexReply { index: log_id.index, term, now_ms })
+    }
+}
+
+impl Forwarded for Arc<Inner> {
+    async fn propose_here(
+        &self,
+        proposal: Bytes,
+        deadline: Duration,
+    ) -> Result<ProposedReply, ProposeRefusal> {
+        Inner::propose_here(self, proposal, deadline).await
+    }
+    async fn read_index_here(&self) -> Option<ReadIndexReply> {
+        Inner::read_index_here(self).await
+    }
+}
+
+/// Keeps the leader watch current and notices a failed replica.
+async fn watch_raft(inner: Arc<Inner>) {
+    let mut metrics = inner.raft.metrics();
+    let mut urls = inner.directory.changes();
+    loop {
+        {
+            let now = metrics.borrow_and_update();
+            if let Err(fatal) = &now.running_state {
+                let why = fatal.to_string();
+                drop(now);
+                if !inner.cancel.is_cancelled() {
+                    inner.fail(why);
+                }
+                return;
+            }
+            // A leader that nobody answers can do nothing: better to look for another than to wait on it.
+            let leader = now.current_leader.filter(|id| *id != inner.config.id || !inner.is_cut_off(&now));
+            let info = leader.map(|id| LeaderInfo { id, url: inner.directory.url_of(id) });
+            if now.current_leader == Some(inner.config.id) && !inner.is_cut_off(&now) {
+                inner.stamper.heard_of_leader();
+            }
+            inner.leader.send_if_modified(|known| {
+                let changed = *known != info;
+                *known = info;
+                changed
+            });
+        }
+        tokio::select! {
+            changed = metrics.changed() => if changed.is_err() { return },
+            _ = urls.changed() => {}
+            () = tokio::time::sleep(Duration::from_millis(inner.config.election_timeout_ms)) => {}
+            () = inner.cancel.cancelled() => return,
+        }
+    }
+}

@@ -1,0 +1,293 @@
+//! openraft's view of the peers.
+
+use super::client::{RpcClient, RpcError, connect};
+use super::wire::{Append, Mode, Reply, Request, SnapshotHeader, SnapshotReply, StreamReply, VoteAsk};
+use super::{APPENDS_IN_FLIGHT_MAX, Directory, Frames, SNAPSHOT_CHUNK_BYTES, SNAPSHOT_STALL};
+use crate::state_machine::SnapshotData;
+use crate::types::{Member, TypeConfig, Vote};
+use bytes::{BufMut, Bytes, BytesMut};
+use futures::{SinkExt, Stream, StreamExt};
+use holdfast_core::codec::{decode, encode};
+use openraft::OptionalSend;
+use openraft::base::{BoxFuture, BoxStream};
+use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
+use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2, stream_append_sequential};
+use openraft::raft::{
+    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, StreamAppendResult, TransferLeaderRequest,
+    TransferLeaderResponse, VoteRequest, VoteResponse,
+};
+use openraft::type_config::alias::SnapshotOf;
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::AsyncReadExt;
+use tokio::sync::mpsc;
+use tokio_util::task::AbortOnDropHandle;
+
+type C = TypeConfig;
+type StreamItem = Result<StreamAppendResult<C>, RPCError<C>>;
+
+/// Makes clients for the peers.
+pub struct PeerFactory {
+    /// What we tell the peers.
+    pub directory: Arc<Directory>,
+    /// An append without an answer for this long means a broken connection.
+    pub append_timeout: Duration,
+}
+
+impl PeerFactory {
+    fn client(&self, target: u64, node: &Member, pipelined: bool) -> PeerNetwork {
+        PeerNetwork {
+            rpc: RpcClient::new(self.directory.clone(), target, node.peer_addr.clone()),
+            directory: self.directory.clone(),
+            target,
+            addr: node.peer_addr.clone(),
+            pipelined,
+            append_timeout: self.append_timeout,
+        }
+    }
+}
+
+impl RaftNetworkFactory<C> for PeerFactory {
+    type Network = PeerNetwork;
+
+    async fn new_client(&mut self, target: u64, node: &Member) -> PeerNetwork {
+        self.client(target, node, true)
+    }
+
+    async fn new_heartbeat_client(&mut self, target: u64, node: &Member) -> PeerNetwork {
+        // A heartbeat is given up by its caller at any moment, which requests with ids survive and a pipeline does not.
+        self.client(target, node, false)
+    }
+}
+
+/// One peer.
+pub struct PeerNetwork {
+    rpc: RpcClient,
+    directory: Arc<Directory>,
+    target: u64,
+    addr: String,
+    pipelined: bool,
+    append_timeout: Duration,
+}
+
+fn network(error: impl ToString) -> RPCError<C> {
+    RPCError::Network(NetworkError::from_string(error))
+}
+
+fn unreachable(error: impl ToString) -> RPCError<C> {
+    RPCError::Unreachable(Unreachable::from_string(error))
+}
+
+impl PeerNetwork {
+    async fn ask(&self, request: &Request, timeout: Duration) -> Result<Reply, RPCError<C>> {
+        match self.rpc.request(request, timeout).await {
+            Ok(Reply::Failed(why)) => Err(network(why)),
+            Ok(reply) => Ok(reply),
+            Err(RpcError::NotSent(why)) => Err(unreachable(why)),
+            Err(RpcError::NoAnswer(why)) => Err(network(why)),
+        }
+    }
+
+    async fn pipeline<'s, S>(&'s self, input: S) -> Result<BoxStream<'s, StreamItem>, RPCError<C>>
+    where
+        S: Stream<Item = AppendEntriesRequest<C>> + OptionalSend + Unpin + 'static,
+    {
+        let frames =
+            connect(&self.directory, self.target, &self.addr, Mode::Append).await.map_err(unreachable)?;
+        let (sink, replies) = frames.split();
+        let (under_way, sent) = mpsc::channel(APPENDS_IN_FLIGHT_MAX);
+        let writer = AbortOnDropHandle::new(tokio::spawn(write_appends(input, sink, under_way)));
+        let state = Pipeline { sent, replies, _writer: writer };
+        let timeout = self.append_timeout;
+        Ok(Box::pin(futures::stream::unfold(Some(state), move |state| async move {
+            let mut state = state?;
+            // The end of the input with nothing under way is the end of the answers.
+            let item = match state.sent.recv().await? {
+                Ok(()) => state.next_reply(timeout).await,
+                Err(error) => Err(network(error)),
+            };
+            let go_on = matches!(item, Ok(Ok(_)));
+            Some((item, go_on.then_some(state)))
+        })))
+    }
+}
+
+struct Pipeline {
+    sent: mpsc::Receiver<Result<(), String>>,
+    replies: futures::stream::SplitStream<Frames>,
+    _writer: AbortOnDropHandle<()>,
+}
+
+impl Pipeline {
+    async fn next_reply(&mut self, timeout: Duration) -> StreamItem {
+        match tokio::time::timeout(timeout, self.replies.next()).await {
+            Err(_) => Err(network(format!("an append was not answered within {} ms", timeout.as_millis()))),
+            Ok(None) => Err(network("the append connection was closed")),
+            Ok(Some(Err(error))) => Err(network(error)),
+            Ok(Some(Ok(frame))) => decode::<StreamReply>(&frame).map(Into::into).map_err(network),
+        }
+    }
+}
+
+async fn write_appends<S>(
+    mut input: S,
+    mut sink: futures::stream::SplitSink<Frames, Bytes>,
+    under_way: mpsc::Sender<Result<(), String>>,
+) where
+    S: Stream<Item = AppendEntriesRequest<C>> + OptionalSend + Unpin + 'static,
+{
+    while let Some(request) = input.next().await {
+        let encoded = match Append::of(&request) {
+            Ok(append) => encode(&append),
+            Err(error) => {
+                let _ = under_way.send(Err(error.to_string())).await;
+                return;
+            }
+        };
+        if under_way.send(Ok(())).await.is_err() {
+            return;
+        }
+        if let Err(error) = sink.send(Bytes::from(encoded)).await {
+            let _ = under_way.send(Err(error.to_string())).await;
+            return;
+        }
+    }
+}
+
+impl RaftNetworkV2<C> for PeerNetwork {
+    type SnapshotData = SnapshotData;
+
+    async fn append_entries(
+        &mut self,
+        rpc: AppendEntriesRequest<C>,
+        option: RPCOption,
+    ) -> Result<AppendEntriesResponse<C>, RPCError<C>> {
+        let request = Request::Append(Append::of(&rpc).map_err(network)?);
+        match self.ask(&request, option.hard_ttl()).await? {
+            Reply::Append(reply) => Ok(reply.into()),
+            other => Err(network(format!("an append was answered with {other:?}"))),
+        }
+    }
+
+    fn stream_append<'s, S>(
+        &'s mut self,
+        input: S,
+        option: RPCOption,
+    ) -> BoxFuture<'s, Result<BoxStream<'s, StreamItem>, RPCError<C>>>
+    where
+        S: Stream<Item = AppendEntriesRequest<C>> + OptionalSend + Unpin + 'static,
+    {
+        if self.pipelined {
+            let this = &*self;
+            Box::pin(this.pipeline(input))
+        } else {
+            stream_append_sequential(self, input, option)
+        }
+    }
+
+    async fn vote(&mut self, rpc: VoteRequest<C>, option: RPCOption) -> Result<VoteResponse<C>, RPCError<C>> {
+        match self.ask(&Request::Vote(VoteAsk::from(&rpc)), option.hard_ttl()).await? {
+            Reply::Vote(reply) => Ok(reply.into()),
+            other => Err(network(format!("a vote was answered with {other:?}"))),
+        }
+    }
+
+    async fn pre_vote(
+        &mut self,
+        rpc: VoteRequest<C>,
+        option: RPCOption,
+    ) -> Result<VoteResponse<C>, RPCError<C>> {
+        match self.ask(&Request::PreVote(VoteAsk::from(&rpc)), option.hard_ttl()).await? {
+            Reply::Vote(reply) => Ok(reply.into()),
+            other => Err(network(format!("a pre-vote was answered with {other:?}"))),
+        }
+    }
+
+    async fn full_snapshot(
+        &mut self,
+        vote: Vote,
+        snapshot: SnapshotOf<C, SnapshotData>,
+        cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
+        _option: RPCOption,
+    ) -> Result<SnapshotResponse<C>, StreamingError<C>> {
+        let send = async {
+            let frames = connect(&self.directory, self.target, &self.addr, Mode::Snapshot)
+                .await
+                .map_err(|e| StreamingError::Unreachable(Unreachable::from_string(e)))?;
+            send_snapshot(frames, vote, &snapshot)
+                .await
+                .map_err(|e| StreamingError::Network(NetworkError::from_string(e)))
+        };
+        tokio::select! {
+            sent = send => sent,
+            closed = cancel => Err(StreamingError::Closed(closed)),
+        }
+    }
+
+    async fn transfer_leader(
+        &mut self,
+        req: TransferLeaderRequest<C>,
+        option: RPCOption,
+    ) -> Result<TransferLeaderResponse<C>, RPCError<C>> {
+        let request = Request::Transfer {
+            from: (*req.from_leader()).into(),
+            to: *req.to_node_id(),
+            last_log_id: req.last_log_id().map(|id| (*id).into()),
+        };
+        match self.ask(&request, option.hard_ttl()).await? {
+            Reply::Transferred(Ok(())) => Ok(Ok(())),
+            Reply::Transferred(Err(why)) => Err(network(why)),
+            other => Err(network(format!("a transfer was answered with {other:?}"))),
+        }
+    }
+}
+
+async fn stalls<T>(what: &str, work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+    match tokio::time::timeout(SNAPSHOT_STALL, work).await {
+        Ok(result) => result,
+        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, format!("{what} made no progress"))),
+    }
+}
+
+async fn send_snapshot(
+    mut frames: Frames,
+    vote: Vote,
+    snapshot: &SnapshotOf<C, SnapshotData>,
+) -> io::Result<SnapshotResponse<C>> {
+    let mut names = Vec::new();
+    let mut dir = tokio::fs::read_dir(&snapshot.snapshot.path).await?;
+    while let Some(entry) = dir.next_entry().await? {
+        let meta = entry.metadata().await?;
+        if meta.is_file() {
+            names.push((entry.file_name().to_string_lossy().into_owned(), meta.len()));
+        }
+    }
+    names.sort();
+    let header = SnapshotHeader { vote: vote.into(), meta: (&snapshot.meta).into(), files: names.clone() };
+    stalls("sending a snapshot", frames.send(Bytes::from(encode(&header)))).await?;
+    for (name, size) in names {
+        let mut file = tokio::fs::File::open(snapshot.snapshot.path.join(&name)).await?.take(size);
+        let mut left = size;
+        while left > 0 {
+            let want = usize::try_from(left).unwrap_or(usize::MAX).min(SNAPSHOT_CHUNK_BYTES);
+            let mut chunk = vec![0; want];
+            file.read_exact(&mut chunk).await?;
+            let mut frame = BytesMut::with_capacity(4 + chunk.len());
+            frame.put_u32_le(crc32fast::hash(&chunk));
+            frame.put_slice(&chunk);
+            stalls("sending a snapshot", frames.send(frame.freeze())).await?;
+            left -= want as u64;
+        }
+    }
+    // Installing takes as long as the disk needs.
+    let reply = tokio::time::timeout(SNAPSHOT_STALL * 6, frames.next())
+        .await
+        .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the snapshot was not answered"))?
+        .ok_or_else(|| io::Error::other("the connection was closed before the snapshot was installed"))??;
+    match decode::<SnapshotReply>(&reply).map_err(io::Error::other)? {
+        SnapshotReply::Installed(vote) => Ok(SnapshotResponse::new(vote.into())),
+        SnapshotReply::Failed(why) => Err(io::Error::other(why)),
+    }
+}

@@ -1,0 +1,315 @@
+//! Serving the peers.
+
+use super::wire::{
+    Append, Hello, HelloReply, Mode, PROTOCOL, ProposeRefusal, ProposedReply, ReadIndexReply, Reply, Request,
+    SnapshotHeader, SnapshotReply, StreamReply,
+};
+use super::{APPENDS_IN_FLIGHT_MAX, CONNECT_TIMEOUT, Directory, Frames, SNAPSHOT_STALL, frames};
+use crate::files::{remove_dir_if_there, sync_dir};
+use crate::snapshots::{SnapshotDir, Snapshots};
+use crate::state_machine::StateMachine;
+use crate::types::{SnapshotMeta, Stamper, TypeConfig};
+use bytes::{BufMut, Bytes, BytesMut};
+use futures::{SinkExt, StreamExt};
+use holdfast_core::codec::{decode, encode};
+use openraft::raft::TransferLeaderRequest;
+use openraft::storage::Snapshot;
+use std::future::Future;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::AsyncWriteExt;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+
+type Raft = openraft::Raft<TypeConfig, StateMachine>;
+
+/// Connections of peers at once. Three members need about a dozen.
+const CONNECTIONS_MAX: usize = 256;
+/// Requests under way on one rpc connection.
+const REQUESTS_IN_FLIGHT_MAX: usize = 4096;
+
+/// What the server asks of the replica beyond Raft itself.
+pub trait Forwarded: Send + Sync + 'static {
+    /// Proposes here, if this replica leads.
+    fn propose_here(
+        &self,
+        proposal: Bytes,
+        deadline: Duration,
+    ) -> impl Future<Output = Result<ProposedReply, ProposeRefusal>> + Send;
+
+    /// Confirms leadership and says up to where a reader must have applied, if this replica leads.
+    fn read_index_here(&self) -> impl Future<Output = Option<ReadIndexReply>> + Send;
+}
+
+/// Serves the peers of one replica.
+pub struct PeerServer<F> {
+    /// What we tell the peers.
+    pub directory: Arc<Directory>,
+    /// The replica.
+    pub raft: Raft,
+    /// The replica's own services.
+    pub forwarded: Arc<F>,
+    /// Where snapshots arrive.
+    pub snapshots: Arc<Snapshots>,
+    /// Told of every sign of a leader.
+    pub stamper: Arc<Stamper>,
+}
+
+impl<F: Forwarded> PeerServer<F> {
+    /// Accepts connections until cancelled.
+    pub async fn run(self: Arc<Self>, listener: TcpListener, cancel: CancellationToken) {
+        let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+        loop {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = cancel.cancelled() => return,
+            };
+            let (stream, from) = match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    tracing::warn!(%error, "a peer's connection can't be accepted");
+                    // Out of descriptors, say: wait for some to be freed rather than spin.
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                    continue;
+                }
+            };
+            let Ok(place) = places.clone().try_acquire_owned() else {
+                tracing::warn!(%from, "too many peer connections; refused one");
+                continue;
+            };
+            let (this, cancel) = (self.clone(), cancel.clone());
+            tokio::spawn(async move {
+                tokio::select! {
+                    result = this.serve(stream) => {
+                        if let Err(error) = result {
+                            tracing::debug!(%from, %error, "a peer connection ended");
+                        }
+                    }
+                    () = cancel.cancelled() => {}
+                }
+                drop(place);
+            });
+        }
+    }
+
+    async fn serve(self: &Arc<Self>, stream: TcpStream) -> io::Result<()> {
+        let mut frames = frames(stream);
+        let first = tokio::time::timeout(CONNECT_TIMEOUT, frames.next())
+            .await
+            .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "no hello"))?
+            .ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))??;
+        let hello: Hello = decode(&first).map_err(io::Error::other)?;
+        if let Err(why) = self.check(&hello) {
+            tracing::warn!(from = hello.from, %why, "refused a peer");
+            frames.send(Bytes::from(encode(&HelloReply::Refused(why.clone())))).await?;
+            return Err(io::Error::other(why));
+        }
+        self.directory.learn(hello.from, &hello.url);
+        let welcome = HelloReply::Welcome { url: self.directory.url.clone() };
+        frames.send(Bytes::from(encode(&welcome))).await?;
+        match hello.mode {
+            Mode::Rpc => self.serve_rpc(frames).await,
+            Mode::Append => self.serve_append(frames).await,
+            Mode::Snapshot => self.serve_snapshot(frames).await,
+        }
+    }
+
+    fn check(&self, hello: &Hello) -> Result<(), String> {
+        if hello.protocol != PROTOCOL {
+            return Err(format!("protocol {} is not spoken here, only {PROTOCOL}", hello.protocol));
+        }
+        if hello.to != self.directory.id {
+            return Err(format!("this is member {}, not {}", self.directory.id, hello.to));
+        }
+        match (self.directory.cluster_id(), &hello.cluster_id) {
+            (Some(ours), Some(theirs)) if ours != *theirs => {
+                Err(format!("this member belongs to cluster {ours}, not {theirs}"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    async fn serve_rpc(self: &Arc<Self>, frames: Frames) -> io::Result<()> {
+        let (mut sink, mut stream) = frames.split();
+        let (answers, mut answered) = mpsc::channel::<Bytes>(REQUESTS_IN_FLIGHT_MAX);
+        let places = Arc::new(Semaphore::new(REQUESTS_IN_FLIGHT_MAX));
+        let writer = async {
+            while let Some(frame) = answered.recv().await {
+                sink.feed(frame).await?;
+                while let Ok(frame) = answered.try_recv() {
+                    sink.feed(frame).await?;
+                }
+                sink.flush().await?;
+            }
+            Ok::<(), io::Error>(())
+        };
+        let reader = async {
+            while let Some(frame) = stream.next().await {
+                let frame = frame?;
+                let Some((id, body)) = frame.split_first_chunk::<8>() else {
+                    return Err(io::Error::other("a request without an id"));
+                };
+                let id = u64::from_le_bytes(*id);
+                let request: Request = decode(body).map_err(io::Error::other)?;
+                let place = places.clone().acquire_owned().await.map_err(io::Error::other)?;
+                let (this, answers) = (self.clone(), answers.clone());
+                tokio::spawn(async move {
+                    let body = encode(&this.handle(request).await);
+                    let mut frame = BytesMut::with_capacity(8 + body.len());
+                    frame.put_u64_le(id);
+                    frame.put_slice(&body);
+                    let _ = answers.send(frame.freeze()).await;
+                    drop(place);
+                });
+            }
+            Ok(())
+        };
+        tokio::select! {
+            result = reader => result,
+            result = writer => result,
+        }
+    }
+
+    async fn handle(&self, request: Request) -> Reply {
+        match request {
+            Request::Append(append) => {
+                let request = match append.into_request() {
+                    Ok(request) => request,
+                    Err(error) => return Reply::Failed(error.to_string()),
+                };
+                match self.raft.append_entries(request).await {
+                    Ok(response) => {
+                        if response.is_success() {
+                            self.stamper.heard_of_leader();
+                        }
+                        Reply::Append(response.into())
+                    }
+                    Err(error) => Reply::Failed(error.to_string()),
+                }
+            }
+            Request::Vote(ask) => match self.raft.vote(ask.into()).await {
+                Ok(response) => Reply::Vote(response.into()),
+                Err(error) => Reply::Failed(error.to_string()),
+            },
+            Request::PreVote(ask) => match self.raft.pre_vote(ask.into()).await {
+                Ok(response) => Reply::Vote(response.into()),
+                Err(error) => Reply::Failed(error.to_string()),
+            },
+            Request::Transfer { from, to, last_log_id } => {
+                let request = TransferLeaderRequest::new(from.into(), to, last_log_id.map(Into::into));
+                Reply::Transferred(match self.raft.handle_transfer_leader(request).await {
+                    Ok(Ok(())) => Ok(()),
+                    Ok(Err(error)) => Err(error.to_string()),
+                    Err(error) => Err(error.to_string()),
+                })
+            }
+            Request::Propose { proposal, deadline_ms } => {
+                let deadline = Duration::from_millis(deadline_ms);
+                Reply::Proposed(self.forwarded.propose_here(Bytes::from(proposal), deadline).await)
+            }
+            Request::ReadIndex => Reply::ReadIndex(self.forwarded.read_index_here().await),
+        }
+    }
+
+    async fn serve_append(&self, frames: Frames) -> io::Result<()> {
+        let (mut sink, mut stream) = frames.split();
+        let (requests, queue) = mpsc::channel(APPENDS_IN_FLIGHT_MAX);
+        let mut results = std::pin::pin!(self.raft.stream_append(ReceiverStream::new(queue)));
+        let reader = async {
+            while let Some(frame) = stream.next().await {
+                let append: Append = decode(&frame?).map_err(io::Error::other)?;
+                let request = append.into_request().map_err(io::Error::other)?;
+                if requests.send(request).await.is_err() {
+                    break;
+                }
+            }
+            drop(requests);
+            Ok::<(), io::Error>(())
+        };
+        let writer = async {
+            while let Some(result) = results.next().await {
+                let result = result.map_err(io::Error::other)?;
+                if result.is_ok() {
+                    self.stamper.heard_of_leader();
+                }
+                sink.send(Bytes::from(encode(&StreamReply::from(result)))).await?;
+            }
+            Ok::<(), io::Error>(())
+        };
+        // When the peer has sent its last request, the answers to what is under way still go out.
+        let (read, written) = futures::join!(reader, writer);
+        read.and(written)
+    }
+
+    async fn serve_snapshot(&self, mut frames: Frames) -> io::Result<()> {
+        let aside = self.snapshots.aside("incoming")?;
+        let received = self.receive_snapshot(&mut frames, &aside).await;
+        let reply = match received {
+            Ok(reply) => reply,
+            Err(error) => {
+                tracing::warn!(%error, "a snapshot did not arrive whole");
+                remove_dir_if_there(&aside)?;
+                SnapshotReply::Failed(error.to_string())
+            }
+        };
+        frames.send(Bytes::from(encode(&reply))).await
+    }
+
+    async fn receive_snapshot(&self, frames: &mut Frames, aside: &Path) -> io::Result<SnapshotReply> {
+        let header: SnapshotHeader = decode(&next_frame(frames).await?).map_err(io::Error::other)?;
+        let meta = SnapshotMeta::try_from(header.meta).map_err(io::Error::other)?;
+        tokio::fs::create_dir_all(aside).await?;
+        for (name, size) in header.files {
+            if !is_plain_file_name(&name) {
+                return Err(io::Error::other(format!("a snapshot holds a file named {name:?}")));
+            }
+            let mut file = tokio::fs::File::create(aside.join(&name)).await?;
+            let mut left = size;
+            while left > 0 {
+                let frame = next_frame(frames).await?;
+                let Some((crc, chunk)) = frame.split_first_chunk::<4>() else {
+                    return Err(io::Error::other("a chunk without a checksum"));
+                };
+                if crc32fast::hash(chunk) != u32::from_le_bytes(*crc) {
+                    return Err(io::Error::other(format!("a chunk of {name} has a wrong checksum")));
+                }
+                left = left
+                    .checked_sub(chunk.len() as u64)
+                    .ok_or_else(|| io::Error::other(format!("{name} is longer than announced")))?;
+                file.write_all(chunk).await?;
+            }
+            file.flush().await?;
+            file.sync_all().await?;
+        }
+        sync_dir(aside)?;
+        // What it holds must be what was announced, or the log would go on at the wrong place.
+        let held = crate::state_db::read_meta(aside)?;
+        if held != meta {
+            return Err(io::Error::other("a snapshot's data and description differ"));
+        }
+        let snapshot = SnapshotDir::temporary(aside.to_owned());
+        let vote: crate::types::Vote = header.vote.into();
+        self.stamper.heard_of_leader();
+        let response = self
+            .raft
+            .install_full_snapshot(vote, Snapshot { meta, snapshot })
+            .await
+            .map_err(io::Error::other)?;
+        Ok(SnapshotReply::Installed(response.vote.into()))
+    }
+}
+
+async fn next_frame(frames: &mut Frames) -> io::Result<BytesMut> {
+    tokio::time::timeout(SNAPSHOT_STALL, frames.next())
+        .await
+        .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "a snapshot made no progress"))?
+        .ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))?
+}
+
+fn is_plain_file_name(name: &str) -> bool {
+    !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', '\0'])
+}
