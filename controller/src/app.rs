@@ -151,8 +151,8 @@ impl App {
             // An answer that came from the leader can be ahead of what this replica has applied.
             cluster = self.read(Consistency::Linearizable).await?.view.cluster()?;
         }
-        let cluster = cluster
-            .ok_or_else(|| Failure::new(ApiErrorKind::NoLeader, "the cluster is not formed yet"))?;
+        let cluster =
+            cluster.ok_or_else(|| Failure::new(ApiErrorKind::NoLeader, "the cluster is not formed yet"))?;
         Ok(*self.token_secret.get_or_init(|| cluster.token_secret))
     }
 

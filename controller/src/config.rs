@@ -193,9 +193,8 @@ impl Flags {
                 "is not available yet: start the members of a new cluster with --initial-cluster",
             ));
         }
-        let initial_cluster = parse_members(
-            &self.initial_cluster.ok_or_else(|| wrong("initial-cluster", "is missing"))?,
-        )?;
+        let initial_cluster =
+            parse_members(&self.initial_cluster.ok_or_else(|| wrong("initial-cluster", "is missing"))?)?;
         if !initial_cluster.contains_key(&id) {
             return Err(wrong("initial-cluster", format!("must name this replica too (--id {id})")));
         }
@@ -287,7 +286,8 @@ fn parse_members(text: &str) -> Result<BTreeMap<u64, String>, ConfigError> {
             let id = id.trim().parse::<u64>().ok().filter(|id| *id > 0)?;
             let addr = addr.trim();
             let (host, port) = addr.rsplit_once(':')?;
-            (!host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0)).then(|| (id, addr.to_owned()))
+            (!host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0))
+                .then(|| (id, addr.to_owned()))
         });
         let Some((id, addr)) = member else {
             return Err(wrong(FLAG, format!("has {part:?}, which is not ID=HOST:PORT")));

@@ -60,14 +60,13 @@ impl Plan {
             ));
         }
         let spawn = request.spawn_config.map(|config| {
-            let cluster = config.cluster.clone().or_else(|| default_cluster.map(str::to_owned)).ok_or_else(
-                || {
+            let cluster =
+                config.cluster.clone().or_else(|| default_cluster.map(str::to_owned)).ok_or_else(|| {
                     Failure::new(
                         ApiErrorKind::NoClusterProvided,
                         "spawn_config.cluster is missing, and this controller has no default cluster",
                     )
-                },
-            )?;
+                })?;
             let executable_json = config.executable.to_string();
             Ok::<_, Failure>(PlannedSpawn { config, cluster, executable_json })
         });
@@ -123,8 +122,7 @@ fn look(holder: Option<Holder>, tag: &str) -> Look {
         None => Look::Free,
         Some(holder) if holder.key.tag != tag => Look::OtherTag(holder.key.tag),
         Some(holder)
-            if holder.termination_asked.is_some()
-                || holder.state.status() >= BackendStatus::Terminating =>
+            if holder.termination_asked.is_some() || holder.state.status() >= BackendStatus::Terminating =>
         {
             Look::Leaving(Box::new(holder))
         }

@@ -1,2 +1,76 @@
-//! x
-fn main() {}
+//! `holdfast-controller`: one replica. See the library.
+
+use clap::Parser;
+use holdfast_controller::config::{Flags, Settings};
+use holdfast_controller::serve::{ServeError, serve};
+use raft_store::OpenError;
+use std::process::ExitCode;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+/// Exit code of wrong use; clap's own errors end with it too.
+const WRONG_USE: u8 = 2;
+/// Exit code of a failure.
+const FAILED: u8 = 1;
+
+fn complain(error: &dyn std::fmt::Display) {
+    eprintln!("holdfast-controller: {error}");
+}
+
+fn log_filter(settings: &Settings) -> Result<EnvFilter, String> {
+    match &settings.log {
+        Some(filter) => filter.parse().map_err(|error| format!("--log {filter:?} is not a filter: {error}")),
+        None => Ok(EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"))),
+    }
+}
+
+/// Resolves when the process is asked to stop.
+async fn asked_to_stop() -> std::io::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}
+
+fn main() -> ExitCode {
+    let settings = match Flags::parse().with_file().and_then(Flags::settle) {
+        Ok(settings) => settings,
+        Err(error) => {
+            complain(&error);
+            return ExitCode::from(WRONG_USE);
+        }
+    };
+    let filter = match log_filter(&settings) {
+        Ok(filter) => filter,
+        Err(error) => {
+            complain(&error);
+            return ExitCode::from(WRONG_USE);
+        }
+    };
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            complain(&format_args!("can't start: {error}"));
+            return ExitCode::from(FAILED);
+        }
+    };
+    let served = runtime.block_on(serve(settings, async {
+        if let Err(error) = asked_to_stop().await {
+            // Without signals it serves until it is killed, which it survives too.
+            tracing::error!(%error, "signals can't be received");
+            std::future::pending::<()>().await;
+        }
+    }));
+    match served {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            complain(&error);
+            let wrong_use = matches!(error, ServeError::Open(OpenError::Config { .. }));
+            ExitCode::from(if wrong_use { WRONG_USE } else { FAILED })
+        }
+    }
+}

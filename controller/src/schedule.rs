@@ -133,7 +133,11 @@ mod tests {
             draining,
             backend_count: 0,
             registered_at_ms: 0,
-            heartbeat: heartbeat_at_ms.map(|at_ms| HeartbeatRecord { at_ms, term: at_ms / 10, local_time_ms: 0 }),
+            heartbeat: heartbeat_at_ms.map(|at_ms| HeartbeatRecord {
+                at_ms,
+                term: at_ms / 10,
+                local_time_ms: 0,
+            }),
         }
     }
 
@@ -156,8 +160,7 @@ mod tests {
 
     #[test]
     fn two_different_drones_are_picked_and_each_in_time() {
-        let list =
-            DroneList::collect((1..=5).map(|id| (id, drone("", Some(90), false))), 100, 100);
+        let list = DroneList::collect((1..=5).map(|id| (id, drone("", Some(90), false))), 100, 100);
         let mut seen = BTreeSet::new();
         for _ in 0..200 {
             let picked = list.pick("c:1", "", None, &mut rand::rng());

@@ -1,6 +1,8 @@
 //! The guard with real processes: it is armed as the drone does it, and then the drone, the guard or the backend
 //! misbehaves. What is alive is found by a mark in the environment that all descendants inherit.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on has failed")]
+
 use holdfast_drone::clock::boot_ms;
 use holdfast_drone::guard::{Arm, EndNow, Report, Update};
 use nix::sys::signal::{Signal, kill};

@@ -256,7 +256,10 @@ mod tests {
         for (body, named) in [
             (r#"{"key":{"name":5}}"#, "key.name"),
             (r#"{"key":{}}"#, "key"),
-            (r#"{"spawn_config":{"executable":{},"lifetime_limit_seconds":"x"}}"#, "spawn_config.lifetime_limit_seconds"),
+            (
+                r#"{"spawn_config":{"executable":{},"lifetime_limit_seconds":"x"}}"#,
+                "spawn_config.lifetime_limit_seconds",
+            ),
             (r#"{"wait_ms":-1}"#, "wait_ms"),
             ("[]", "body"),
             ("{", "body is not JSON"),
@@ -273,9 +276,14 @@ mod tests {
 
     #[test]
     fn bad_listing_parameters_name_themselves() {
-        for (name, value) in
-            [("limit", "0"), ("limit", "1001"), ("limit", "x"), ("cursor", "?"), ("cursor", "_w"), ("consistency", "eventual")]
-        {
+        for (name, value) in [
+            ("limit", "0"),
+            ("limit", "1001"),
+            ("limit", "x"),
+            ("cursor", "?"),
+            ("cursor", "_w"),
+            ("consistency", "eventual"),
+        ] {
             let given = args(&[(name, value)]);
             let failure = match name {
                 "limit" => given.limit().map(|_| ()),
@@ -287,14 +295,20 @@ mod tests {
         }
         assert_eq!(args(&[]).limit(), Ok(LIST_LIMIT_DEFAULT));
         assert_eq!(args(&[("consistency", "local")]).consistency(), Ok(Consistency::Local));
-        assert_eq!(args(&[("cursor", &encode_cursor("ä\0b"))]).cursor(), Err(Failure::invalid("x", "")).or(Ok(Some("ä\0b".to_owned()))));
+        assert_eq!(
+            args(&[("cursor", &encode_cursor("ä\0b"))]).cursor(),
+            Err(Failure::invalid("x", "")).or(Ok(Some("ä\0b".to_owned())))
+        );
     }
 
     #[test]
     fn idempotency_keys_are_visible_ascii_within_the_bound() {
         let key = |text: &[u8]| {
             let value = axum::http::HeaderValue::from_bytes(text).unwrap();
-            idempotency_key(&HeaderMap::from_iter([(axum::http::HeaderName::from_static(IDEMPOTENCY_HEADER), value)]))
+            idempotency_key(&HeaderMap::from_iter([(
+                axum::http::HeaderName::from_static(IDEMPOTENCY_HEADER),
+                value,
+            )]))
         };
         assert_eq!(key(b"a-1"), Ok(Some("a-1".to_owned())));
         for bad in [&b""[..], b"a b", "ä".as_bytes(), &[b'a'; 129]] {

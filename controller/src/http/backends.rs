@@ -89,8 +89,7 @@ pub async fn list(State(app): State<App>, query: QueryArgs) -> Result<Json<Backe
         check_name("cursor", cursor)?;
     }
     let point = app.read(query.consistency()?).await?;
-    let (rows, next) =
-        scan(move || Ok(point.view.backends(&prefix, cursor.as_deref(), limit)?)).await?;
+    let (rows, next) = scan(move || Ok(point.view.backends(&prefix, cursor.as_deref(), limit)?)).await?;
     Ok(Json(BackendPage {
         backends: rows.into_iter().map(|(id, backend)| info(id, backend)).collect(),
         next_cursor: next.as_deref().map(encode_cursor),
@@ -105,8 +104,7 @@ async fn terminate(
 ) -> Result<Replayable<Json<()>>, Failure> {
     let id = backend_in_path(id)?;
     write.ignored_body()?;
-    let command =
-        Command::Terminate { backend_id: id.to_owned(), kind, reason: TerminationReason::External };
+    let command = Command::Terminate { backend_id: id.to_owned(), kind, reason: TerminationReason::External };
     let answer = app.propose(command, write.idempotency).await?;
     match answer.outcome {
         // Plane answers `null`.
@@ -134,10 +132,7 @@ pub async fn hard_terminate(
 }
 
 /// POST `/ctrl/b/revoke` and `/ctrl/revoke`.
-pub async fn revoke(
-    State(app): State<App>,
-    write: Write,
-) -> Result<Replayable<Json<&'static str>>, Failure> {
+pub async fn revoke(State(app): State<App>, write: Write) -> Result<Replayable<Json<&'static str>>, Failure> {
     let request: RevokeRequest = write.json()?;
     check_name("backend_id", &request.backend_id)?;
     check_text("user", &request.user, USER_BYTES_MAX)?;

@@ -10,9 +10,7 @@ use holdfast_core::command::Command;
 use holdfast_core::kv::ReadState;
 use holdfast_core::records::DroneRecord;
 use holdfast_core::view::{View, is_eligible};
-use holdfast_wire::http::{
-    ClusterState, DrainResult, DroneInfo, DronePage, DroneState, NodeName, NodeState,
-};
+use holdfast_wire::http::{ClusterState, DrainResult, DroneInfo, DronePage, DroneState, NodeName, NodeState};
 use holdfast_wire::names::{check_cluster, check_drone_name};
 
 /// Drones looked at in one scan.

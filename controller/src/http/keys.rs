@@ -78,7 +78,8 @@ pub async fn list(State(app): State<App>, query: QueryArgs) -> Result<Json<KeyPa
             .into_iter()
             .map(|key| info(&point.view, point.now_ms, &mut drones, key))
             .collect::<Result<Vec<_>, _>>()?;
-        let next_cursor = next.map(|(namespace, name)| encode_cursor(&format!("{namespace}{SEPARATOR}{name}")));
+        let next_cursor =
+            next.map(|(namespace, name)| encode_cursor(&format!("{namespace}{SEPARATOR}{name}")));
         Ok(KeyPage { keys, next_cursor })
     });
     Ok(Json(page.await?))

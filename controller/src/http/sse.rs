@@ -87,8 +87,7 @@ pub async fn status_stream(
     let place = app.open_stream()?;
     // Before the read, so that no change between the two is missed.
     let watch = app.hub.watch(Topic::Backend(id.clone()));
-    let backend =
-        app.read(query.consistency()?).await?.view.backend(&id)?.ok_or_else(|| unknown(&id))?;
+    let backend = app.read(query.consistency()?).await?.view.backend(&id)?.ok_or_else(|| unknown(&id))?;
     let last = last_event(&headers);
     let due = after(&backend, last);
     let follow = Follow { app, id, watch, last, due, _place: place };
@@ -129,13 +128,13 @@ mod tests {
             secret_token: String::new(),
             subdomain: None,
             revoked_users: Vec::new(),
+            terminate_action: None,
         }
     }
 
     #[test]
     fn a_stream_resumes_after_the_status_it_last_gave() {
-        let backend =
-            backend(vec![BackendState::Scheduled, BackendState::Loading, BackendState::Starting]);
+        let backend = backend(vec![BackendState::Scheduled, BackendState::Loading, BackendState::Starting]);
         assert_eq!(after(&backend, None).len(), 3);
         let rest = after(&backend, Some(BackendStatus::Loading));
         assert_eq!(rest, [(2, BackendState::Starting)]);

@@ -147,7 +147,9 @@ mod tests {
     }
 
     /// A state with these actions due.
-    fn state(indexes: impl IntoIterator<Item = u64>) -> impl Fn(Option<At>, usize) -> Result<Vec<DueAction>, Infallible> {
+    fn state(
+        indexes: impl IntoIterator<Item = u64>,
+    ) -> impl Fn(Option<At>, usize) -> Result<Vec<DueAction>, Infallible> {
         let indexes: Vec<u64> = indexes.into_iter().collect();
         move |after, limit| {
             let after = after.map_or(0, |(index, _)| index);

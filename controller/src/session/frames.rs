@@ -6,7 +6,8 @@ use holdfast_wire::names::check_name;
 use serde_json::Value;
 
 /// The messages that this controller knows, by their tags.
-const KINDS: [&str; 6] = ["Heartbeat", "RenewKey", "RenewKeys", "BackendEvent", "AckAction", "BackendMetrics"];
+const KINDS: [&str; 6] =
+    ["Heartbeat", "RenewKey", "RenewKeys", "BackendEvent", "AckAction", "BackendMetrics"];
 /// Longest action id that can be acknowledged, in bytes. Ours are shorter.
 const ACTION_ID_BYTES_MAX: usize = 64;
 

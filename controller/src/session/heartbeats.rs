@@ -79,7 +79,8 @@ mod tests {
             session: session.into(),
             local_time_ms,
         };
-        let kept = latest(vec![item(1, "a", 5), item(2, "b", 1), item(1, "a", 7), item(1, "c", 2), item(1, "a", 6)]);
+        let kept =
+            latest(vec![item(1, "a", 5), item(2, "b", 1), item(1, "a", 7), item(1, "c", 2), item(1, "a", 6)]);
         assert_eq!(kept, vec![item(1, "a", 7), item(2, "b", 1), item(1, "c", 2)]);
     }
 }

@@ -34,8 +34,8 @@ use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade};
 use axum::http::StatusCode;
 use axum::response::Response;
-use futures::SinkExt;
 use futures::stream::SplitSink;
+use futures::{SinkExt, StreamExt};
 use holdfast_wire::ApiErrorKind;
 use holdfast_wire::limits::BODY_BYTES_MAX;
 use holdfast_wire::names::{check_cluster, check_name_or_empty};
@@ -46,6 +46,8 @@ use tokio::sync::mpsc;
 const OUT_QUEUE_MAX: usize = 1024;
 /// How long one message may take to be sent before the drone counts as gone.
 const SEND_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a drone may take to answer a close.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Room for a message that is over the bound, so that it is refused with a reason rather than with a broken connection.
 const OVERSIZE_ROOM_BYTES: usize = 1024 * 1024;
 /// Longest reason in a close frame, in bytes (a control frame holds 125, two of them for the code).
@@ -103,24 +105,30 @@ pub async fn open(
 }
 
 async fn serve(app: App, cluster: String, pool: String, socket: WebSocket) {
-    use futures::StreamExt;
-    let (sink, stream) = socket.split();
+    let (sink, mut stream) = socket.split();
     let (out, queue) = mpsc::channel(OUT_QUEUE_MAX);
     let writer = app.tasks.spawn(write(sink, queue));
-    let end = match start::start(&app, cluster, pool, stream, &out).await {
-        Ok(session) => session.run().await,
+    let end = match start::start(&app, cluster, pool, &mut stream, &out).await {
+        Ok(session) => session.run(&mut stream).await,
         Err(end) => end,
     };
-    if let End::Close { code, reason } = &end {
+    tracing::debug!(%end, "drone session ended");
+    let told = if let End::Close { code, reason } = &end {
         let reason = frames::truncated(reason, CLOSE_REASON_BYTES_MAX);
         let frame = Message::Close(Some(CloseFrame { code: *code, reason: reason.into() }));
         // Full means that the drone does not read.
-        let _ = out.try_send(frame);
-    }
-    tracing::debug!(%end, "drone session ended");
+        out.try_send(frame).is_ok()
+    } else {
+        false
+    };
     drop(out);
     // It ends by itself: the queue is closed, and every send is bounded.
     let _ = writer.await;
+    if told {
+        // Closing a connection with unread frames would reset it, and the drone might never see the reason.
+        let rest = async { while let Some(Ok(_)) = stream.next().await {} };
+        let _ = tokio::time::timeout(CLOSE_TIMEOUT, rest).await;
+    }
 }
 
 /// Sends what the session queues. Ends with the queue, after a close frame, or when the drone does not take it in time.

@@ -62,7 +62,7 @@ impl Drop for Place {
 mod tests {
     use super::*;
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_session_answers_a_probe_or_counts_as_dead() {
         let registry = Registry::default();
         assert!(!registry.answers("s").await, "unknown");

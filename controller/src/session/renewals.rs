@@ -101,8 +101,7 @@ pub fn keys(requests: &[Request]) -> Vec<RenewKey> {
 /// Until when it makes sense to try, from the youngest of the requests: a drone renews at `renew_at`, so after the rest
 /// of its lease has passed there is nothing left to save, and after `soft_terminate` the new deadlines are void.
 pub fn give_up_at(requests: &[Request], lease: &LeaseConfig) -> Option<Instant> {
-    let rest_ms =
-        lease.hard_terminate_ms.saturating_sub(lease.renew_ms).min(lease.soft_terminate_ms);
+    let rest_ms = lease.hard_terminate_ms.saturating_sub(lease.renew_ms).min(lease.soft_terminate_ms);
     requests.iter().map(|request| request.received).max()?.checked_add(Duration::from_millis(rest_ms))
 }
 

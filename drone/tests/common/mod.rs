@@ -1,6 +1,8 @@
 //! A controller that the test plays itself, and a real drone that talks to it.
 
 #![allow(dead_code, reason = "each test file uses a part of it")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on has failed")]
+#![allow(missing_docs, reason = "only the tests beside it use it")]
 
 use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade};
 use axum::extract::{Path, Query, State};
@@ -223,7 +225,23 @@ impl Conn {
     pub async fn any(&mut self) -> MessageFromDrone {
         let message =
             soon("the drone says something", self.from.recv()).await.expect("the drone is connected");
-        match &message {
+        self.react(&message);
+        message
+    }
+
+    /// The next message; never, once the drone has hung up.
+    pub async fn any_or_never(&mut self) -> MessageFromDrone {
+        match self.from.recv().await {
+            Some(message) => {
+                self.react(&message);
+                message
+            }
+            None => std::future::pending().await,
+        }
+    }
+
+    fn react(&mut self, message: &MessageFromDrone) {
+        match message {
             MessageFromDrone::Heartbeat(heartbeat) => self.latest_heartbeat = heartbeat.local_time,
             MessageFromDrone::RenewKeys(request) if self.renew => self.grant(request),
             MessageFromDrone::BackendEvent(event) if self.acknowledge => {
@@ -231,7 +249,6 @@ impl Conn {
             }
             _ => {}
         }
-        message
     }
 
     pub fn grant(&self, request: &RenewKeysRequest) {

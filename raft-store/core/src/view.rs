@@ -150,6 +150,7 @@ impl<R: ReadState> View<R> {
     }
 
     /// Backends whose ids begin with `prefix`, after `cursor`.
+    #[allow(clippy::type_complexity)]
     pub fn backends(
         &self,
         prefix: &str,

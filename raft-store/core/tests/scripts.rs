@@ -25,7 +25,9 @@ use holdfast_core::outcome::{Effect, Holder, Outcome};
 use holdfast_core::records::{
     ActionRecord, BackendRecord, DroneRecord, IdempotencyRecord, KeyRecord, PendingAction,
 };
-use holdfast_wire::{BackendState, BackendStatus, KeyConfig, LeaseConfig, TerminationKind, TerminationReason};
+use holdfast_wire::{
+    BackendState, BackendStatus, KeyConfig, LeaseConfig, TerminationKind, TerminationReason,
+};
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::fmt::Write as _;
@@ -40,7 +42,11 @@ struct World {
 }
 
 fn seconds(ms: u64) -> String {
-    if ms.is_multiple_of(1000) { format!("{}s", ms / 1000) } else { format!("{}.{:03}s", ms / 1000, ms % 1000) }
+    if ms.is_multiple_of(1000) {
+        format!("{}s", ms / 1000)
+    } else {
+        format!("{}.{:03}s", ms / 1000, ms % 1000)
+    }
 }
 
 fn ms(text: &str) -> Result<u64> {
@@ -128,8 +134,10 @@ impl World {
                 let spawn = match args.next_pos() {
                     None => None,
                     Some(id) => {
-                        let drones =
-                            rest(args).iter().map(|d| d.parse()).collect::<std::result::Result<Vec<_>, _>>()?;
+                        let drones = rest(args)
+                            .iter()
+                            .map(|d| d.parse())
+                            .collect::<std::result::Result<Vec<_>, _>>()?;
                         let mut spawn = common::spawn(&id.value, &drones);
                         spawn.id_supplied = id_supplied;
                         spawn.pool = pool;
@@ -151,9 +159,7 @@ impl World {
                 name: next(args, "the key")?,
                 allow: name == "allow_renewal",
             },
-            "revoke" => {
-                Command::RevokeKey { namespace: text_arg(args, "ns"), name: next(args, "the key")? }
-            }
+            "revoke" => Command::RevokeKey { namespace: text_arg(args, "ns"), name: next(args, "the key")? },
             "report" => {
                 let drone_id = next(args, "the drone")?.parse()?;
                 let backend_id = next(args, "the backend")?;
@@ -161,7 +167,11 @@ impl World {
                 let reports = rest(args)
                     .iter()
                     .map(|text| {
-                        Ok(StateReport { backend_id: backend_id.clone(), state: state_of(status(text)?), token })
+                        Ok(StateReport {
+                            backend_id: backend_id.clone(),
+                            state: state_of(status(text)?),
+                            token,
+                        })
                     })
                     .collect::<Result<_>>()?;
                 Command::ReportStates { drone_id, reports }
@@ -267,7 +277,12 @@ impl World {
                 }
                 Table::Meta => {
                     let c = self.replica.view().cluster()?.ok_or("no cluster")?;
-                    format!("cluster={} lease={} keep={}", c.cluster_id, c.lease, seconds(c.terminated_keep_ms))
+                    format!(
+                        "cluster={} lease={} keep={}",
+                        c.cluster_id,
+                        c.lease,
+                        seconds(c.terminated_keep_ms)
+                    )
                 }
                 Table::Keys => show_key(&key, &decode(&value)?),
                 Table::KeyExpiry => {
@@ -332,7 +347,12 @@ impl goldenscript::Runner for World {
             }
             "published" => {
                 let published: Vec<u64> = self.replica.progress().published.iter().map(|p| p.0).collect();
-                return Ok(format!("{} from {:?} to {:?}", published.len(), published.first(), published.last()));
+                return Ok(format!(
+                    "{} from {:?} to {:?}",
+                    published.len(),
+                    published.first(),
+                    published.last()
+                ));
             }
             "due" => return self.due(&mut args),
             "dump" => return self.dump(&next(&mut args, "the table")?),

@@ -15,7 +15,7 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
                 return Ok(Outcome::Registered { drone_id });
             }
             Some((drone_id, drone)) => (drone_id, Some(drone)),
-            None if self.progress.last_drone_id >= DRONE_ID_MAX => {
+            None if self.progress.last_drone_id == DRONE_ID_MAX => {
                 return Ok(Outcome::Refused(Refusal::Full("the number of drones".to_owned())));
             }
             None => (self.progress.last_drone_id + 1, None),

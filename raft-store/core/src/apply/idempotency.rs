@@ -11,7 +11,7 @@ use crate::records::IdempotencyRecord;
 /// What is known of a request.
 pub(super) enum Recall {
     /// Done before; this was the answer.
-    Replay(Outcome),
+    Replay(Box<Outcome>),
     /// Not to be done.
     Refuse(Refusal),
     /// Not seen yet.
@@ -23,7 +23,7 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
         Ok(match self.view().idempotency(&idempotency.key)? {
             Some(record) if record.expires_at_ms > self.now_ms => {
                 if record.body_digest == idempotency.body_digest {
-                    Recall::Replay(record.outcome)
+                    Recall::Replay(Box::new(record.outcome))
                 } else {
                     Recall::Refuse(Refusal::IdempotencyMismatch)
                 }

@@ -79,7 +79,7 @@ pub fn apply<R: ReadState + ?Sized>(
     let (outcome, replayed) = match &proposal.idempotency {
         None => (step.run(&proposal.command)?, false),
         Some(idempotency) => match step.recall(idempotency)? {
-            Recall::Replay(outcome) => (outcome, true),
+            Recall::Replay(outcome) => (*outcome, true),
             Recall::Refuse(refusal) => (Outcome::Refused(refusal), false),
             Recall::New => {
                 let outcome = step.run(&proposal.command)?;

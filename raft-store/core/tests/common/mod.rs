@@ -19,12 +19,8 @@ use holdfast_wire::{
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Default lease: 30 / 40 / 50 / 60 s.
-pub const LEASE: LeaseConfig = LeaseConfig {
-    renew_ms: 30_000,
-    soft_terminate_ms: 40_000,
-    hard_terminate_ms: 50_000,
-    expiry_ms: 60_000,
-};
+pub const LEASE: LeaseConfig =
+    LeaseConfig { renew_ms: 30_000, soft_terminate_ms: 40_000, hard_terminate_ms: 50_000, expiry_ms: 60_000 };
 
 /// A state and where its log stands.
 #[derive(Debug, Clone, Default)]
@@ -70,10 +66,7 @@ pub fn plain(command: Command) -> Proposal {
 }
 
 pub fn idempotent(command: Command, key: &str, digest: u8) -> Proposal {
-    Proposal {
-        command,
-        idempotency: Some(Idempotency { key: key.to_owned(), body_digest: [digest; 16] }),
-    }
+    Proposal { command, idempotency: Some(Idempotency { key: key.to_owned(), body_digest: [digest; 16] }) }
 }
 
 pub fn form(lease: LeaseConfig, terminated_keep_ms: u64) -> Command {
@@ -152,12 +145,9 @@ pub fn state_of(status: BackendStatus) -> BackendState {
         BackendStatus::HardTerminating => {
             BackendState::HardTerminating { last_status, reason: TerminationReason::External }
         }
-        BackendStatus::Terminated => BackendState::Terminated {
-            last_status,
-            termination: None,
-            reason: None,
-            exit_code: Some(0),
-        },
+        BackendStatus::Terminated => {
+            BackendState::Terminated { last_status, termination: None, reason: None, exit_code: Some(0) }
+        }
     }
 }
 

@@ -11,18 +11,19 @@ use holdfast_wire::{BackendStatus, LeaseConfig, TerminationKind, TerminationReas
 use std::collections::{BTreeMap, BTreeSet};
 
 /// As tight as the rule of the timeline allows: 52 s · 1.05/0.95 + 2 s ≤ 60 s.
-pub const LEASE: LeaseConfig = LeaseConfig {
-    renew_ms: 30_000,
-    soft_terminate_ms: 40_000,
-    hard_terminate_ms: 52_000,
-    expiry_ms: 60_000,
-};
+pub const LEASE: LeaseConfig =
+    LeaseConfig { renew_ms: 30_000, soft_terminate_ms: 40_000, hard_terminate_ms: 52_000, expiry_ms: 60_000 };
 const RECORDS_KEEP_MS: u64 = 3_600_000;
 
 /// One thing that happens.
 #[derive(Debug, Clone)]
 pub enum Op {
-    Connect { key: usize, tag: u8, first: usize, second: usize },
+    Connect {
+        key: usize,
+        tag: u8,
+        first: usize,
+        second: usize,
+    },
     Heartbeat(usize),
     Renew(usize),
     ReadActions(usize),
@@ -32,17 +33,33 @@ pub enum Op {
     /// Everybody says what they have to say, and everything arrives, in order.
     Settle,
     Advance(u64),
-    AdvanceToExpiry { key: usize, offset_ms: i64 },
-    Restart { drone: usize, wall_ms: i64 },
+    AdvanceToExpiry {
+        key: usize,
+        offset_ms: i64,
+    },
+    Restart {
+        drone: usize,
+        wall_ms: i64,
+    },
     Crash(usize),
     Reconnect(usize),
     ReportAgain(usize),
     BackendExits(usize),
-    Terminate { key: usize, hard: bool },
-    AllowRenew { key: usize, allow: bool },
+    Terminate {
+        key: usize,
+        hard: bool,
+    },
+    AllowRenew {
+        key: usize,
+        allow: bool,
+    },
     ProposeSweep,
     Revoke(usize),
-    LeaderChange { outage_ms: u64, rate_permille: u64, boot_ms: u64 },
+    LeaderChange {
+        outage_ms: u64,
+        rate_permille: u64,
+        boot_ms: u64,
+    },
 }
 
 /// On its way, perhaps for ever.
@@ -62,13 +79,13 @@ enum Message {
 #[derive(Debug, Clone, Copy)]
 pub struct Faults {
     pub ignore_deadlines: bool,
-    pub forget_backends: bool,
     pub drone_rate_permille: Option<u64>,
+    pub leader_rate_permille: Option<u64>,
 }
 
 impl Faults {
     pub fn none() -> Self {
-        Self { ignore_deadlines: false, forget_backends: false, drone_rate_permille: None }
+        Self { ignore_deadlines: false, drone_rate_permille: None, leader_rate_permille: None }
     }
 }
 
@@ -83,8 +100,21 @@ macro_rules! stats {
     };
 }
 stats!(
-    acquired, found, leaving, tag_mismatch, no_drone, taken_over, released, swept, renewed, renewals_refused,
-    started, late_spawns, killed_at_deadline, successors, adopted,
+    acquired,
+    found,
+    leaving,
+    tag_mismatch,
+    no_drone,
+    taken_over,
+    released,
+    swept,
+    renewed,
+    renewals_refused,
+    started,
+    late_spawns,
+    killed_at_deadline,
+    successors,
+    adopted,
 );
 
 /// A held key, as it must be.
@@ -124,7 +154,7 @@ pub fn key_name(key: usize) -> String {
 }
 
 impl Sim {
-    pub fn new(_keys: usize, drones: usize, faults: Faults) -> Self {
+    pub fn new(drones: usize, faults: Faults) -> Self {
         let rate = |i: usize| faults.drone_rate_permille.unwrap_or([950, 1000, 1050][i % 3]);
         let mut sim = Self {
             replica: Replica::default(),
@@ -136,7 +166,7 @@ impl Sim {
             faults,
             clock: ClusterClock::new(),
             term: 1,
-            leader_rate_permille: 1050,
+            leader_rate_permille: faults.leader_rate_permille.unwrap_or(1050),
             leader_boot_ms: 77_000,
             leaderless_ms: 0,
             network: Vec::new(),
@@ -193,7 +223,8 @@ impl Sim {
             Op::AdvanceToExpiry { key, offset_ms } => {
                 if let Some(held) = self.model.get(key) {
                     let ahead_ms = held.expires_at_ms.saturating_sub(self.leader_now_ms());
-                    let real_ms = (ahead_ms * 1000 / self.leader_rate_permille).saturating_add_signed(*offset_ms);
+                    let real_ms =
+                        (ahead_ms * 1000 / self.leader_rate_permille).saturating_add_signed(*offset_ms);
                     self.advance(real_ms);
                 }
             }
@@ -220,7 +251,11 @@ impl Sim {
                 if let Some(held) = self.model.get(key) {
                     let backend_id = held.backend_id.clone();
                     let kind = if *hard { TerminationKind::Hard } else { TerminationKind::Soft };
-                    self.propose(Command::Terminate { backend_id, kind, reason: TerminationReason::External });
+                    self.propose(Command::Terminate {
+                        backend_id,
+                        kind,
+                        reason: TerminationReason::External,
+                    });
                 }
             }
             Op::AllowRenew { key, allow } => {
@@ -240,7 +275,7 @@ impl Sim {
             Op::LeaderChange { outage_ms, rate_permille, boot_ms } => {
                 self.advance(*outage_ms);
                 self.term += 1;
-                self.leader_rate_permille = *rate_permille;
+                self.leader_rate_permille = self.faults.leader_rate_permille.unwrap_or(*rate_permille);
                 self.leader_boot_ms = *boot_ms;
                 self.leaderless_ms = *outage_ms;
                 self.replica.blank(self.term);
@@ -269,13 +304,19 @@ impl Sim {
         let held = self.model.get(&at).cloned();
         let live = held.as_ref().filter(|held| held.expires_at_ms > now_ms);
         match (outcome, live) {
-            (Outcome::Refused(Refusal::TagMismatch { held }), Some(live)) if live.tag == held && held != tag => {
+            (Outcome::Refused(Refusal::TagMismatch { held }), Some(live))
+                if live.tag == held && held != tag =>
+            {
                 self.stats.tag_mismatch += 1;
             }
-            (Outcome::Found(holder), Some(live)) if live.tag == tag && live.backend_id == holder.backend_id => {
+            (Outcome::Found(holder), Some(live))
+                if live.tag == tag && live.backend_id == holder.backend_id =>
+            {
                 self.stats.found += 1;
             }
-            (Outcome::Leaving(holder), Some(live)) if live.tag == tag && live.backend_id == holder.backend_id => {
+            (Outcome::Leaving(holder), Some(live))
+                if live.tag == tag && live.backend_id == holder.backend_id =>
+            {
                 self.stats.leaving += 1;
             }
             (Outcome::Refused(Refusal::NoDrone), None) => self.stats.no_drone += 1,
@@ -477,11 +518,7 @@ impl Sim {
         self.network.push(Message::Ack { drone, action_id: due.action_id.clone() });
         match &due.record.action {
             PendingAction::Spawn { local_time_ms, lease, token, .. } => {
-                if self.faults.forget_backends {
-                    self.drones[drone].backends.remove(id);
-                }
-                let spawned =
-                    self.drones[drone].spawn(self.real_ms, id, key, *token, *lease, *local_time_ms);
+                let spawned = self.drones[drone].spawn(self.real_ms, id, key, *token, *lease, *local_time_ms);
                 match spawned {
                     Spawned::Started => {
                         self.stats.started += 1;

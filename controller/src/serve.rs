@@ -1,0 +1,104 @@
+//! The life of the process: open, serve, stop.
+
+use crate::app::App;
+use crate::config::Settings;
+use crate::http;
+use axum::serve::ListenerExt;
+use raft_store::{OpenError, Store};
+use std::future::Future;
+use std::net::SocketAddr;
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+/// How long a stopping leader waits for its successor.
+const TRANSFER_DEADLINE: Duration = Duration::from_secs(2);
+/// How long requests under way may take to finish once this controller stops.
+const FINISH_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Why a controller ended other than by being asked to.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The replica can't be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The address can't be bound.
+    #[error("can't listen on {addr}: {error}")]
+    Listen {
+        /// The address.
+        addr: SocketAddr,
+        /// The cause.
+        error: std::io::Error,
+    },
+    /// The HTTP server failed.
+    #[error("the HTTP server failed: {0}")]
+    Http(std::io::Error),
+    /// The replica failed for good.
+    #[error("this replica has failed: {0}")]
+    Failed(String),
+}
+
+/// Serves until `stop` resolves; then hands leadership over, lets requests finish, sends drones elsewhere and closes the
+/// store.
+pub async fn serve(settings: Settings, stop: impl Future<Output = ()>) -> Result<(), ServeError> {
+    // Bound first: nothing is opened that could not be served.
+    let listen = settings.listen;
+    let listener =
+        TcpListener::bind(listen).await.map_err(|error| ServeError::Listen { addr: listen, error })?;
+    let store = Store::open(settings.store.clone()).await?;
+    tracing::info!(id = settings.store.id, %listen, url = %settings.advertise_url, "serving");
+    let served = serve_on(listener, store.clone(), settings, stop).await;
+    store.stop().await;
+    served
+}
+
+/// As [`serve`], on a bound listener and an open store, which the caller closes.
+pub async fn serve_on(
+    listener: TcpListener,
+    store: Store,
+    settings: Settings,
+    stop: impl Future<Output = ()>,
+) -> Result<(), ServeError> {
+    let stopping = CancellationToken::new();
+    // Whatever way this function ends, or is dropped, everything that it started ends too.
+    let _end_all = stopping.clone().drop_guard();
+    let app = App::start(store.clone(), settings, stopping.clone());
+    let listener = listener.tap_io(|connection| {
+        if let Err(error) = connection.set_nodelay(true) {
+            tracing::debug!(%error, "TCP_NODELAY can't be set");
+        }
+    });
+    let server = axum::serve(listener, http::router(app.clone()))
+        .with_graceful_shutdown(stopping.clone().cancelled_owned())
+        .into_future();
+    tokio::pin!(server);
+    let ended = tokio::select! {
+        served = &mut server => return served.map_err(ServeError::Http),
+        () = stop => Ok(()),
+        reason = store.failed() => Err(ServeError::Failed(reason)),
+    };
+    if ended.is_ok() {
+        tracing::info!("stopping");
+        // Requests are still served meanwhile, so that nobody waits for an election.
+        tokio::select! {
+            moved = store.transfer_leadership(TRANSFER_DEADLINE) => {
+                if !moved {
+                    tracing::warn!("leadership was not handed over in time");
+                }
+            }
+            _ = &mut server => {}
+        }
+    }
+    stopping.cancel();
+    app.tasks.close();
+    let finish = async {
+        if let Err(error) = server.await {
+            tracing::warn!(%error, "the HTTP server failed while stopping");
+        }
+        app.tasks.wait().await;
+    };
+    if tokio::time::timeout(FINISH_DEADLINE, finish).await.is_err() {
+        tracing::warn!("some requests did not finish in time");
+    }
+    ended
+}

@@ -1,0 +1,241 @@
+//! How a session begins: the drone says who it is, and an entry gives it its number.
+
+use super::run::Session;
+use super::{End, frames};
+use crate::app::App;
+use crate::hub::Topic;
+use crate::ids;
+use axum::extract::ws::{Message, WebSocket};
+use futures::StreamExt;
+use futures::stream::SplitStream;
+use holdfast_core::command::{Command, Proposal, RegisterDrone};
+use holdfast_core::outcome::{Outcome, Refusal};
+use holdfast_core::records::DroneRecord;
+use holdfast_wire::FieldError;
+use holdfast_wire::drone::{
+    CLOSE_BAD_MESSAGE, CLOSE_GO_ELSEWHERE, CLOSE_NAME_TAKEN, ControllerHandshake, DroneHandshake, VersionInfo,
+};
+use holdfast_wire::limits::BODY_BYTES_MAX;
+use holdfast_wire::names::{check_drone_name, check_text};
+use raft_store::ProposeError;
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+
+/// How long a drone may take to say who it is.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a registration may look for a leader; after that the drone had better look for another controller.
+const REGISTER_DEADLINE: Duration = Duration::from_secs(3);
+/// Longest incarnation, version or git hash, in bytes.
+const HANDSHAKE_TEXT_BYTES_MAX: usize = 128;
+
+fn elsewhere(reason: impl std::fmt::Display) -> End {
+    End::close(CLOSE_GO_ELSEWHERE, reason.to_string())
+}
+
+/// Reads the first frame.
+fn read(text: &str) -> Result<DroneHandshake, String> {
+    if text.len() > BODY_BYTES_MAX {
+        return Err("the handshake is too large".to_owned());
+    }
+    let handshake: DroneHandshake =
+        serde_json::from_str(text).map_err(|error| format!("not a handshake: {error}"))?;
+    check(&handshake).map_err(|error| error.to_string())?;
+    Ok(handshake)
+}
+
+fn check(handshake: &DroneHandshake) -> Result<(), FieldError> {
+    check_drone_name("name", &handshake.name)?;
+    check_text("version.version", &handshake.version.version, HANDSHAKE_TEXT_BYTES_MAX)?;
+    check_text("version.git_hash", &handshake.version.git_hash, HANDSHAKE_TEXT_BYTES_MAX)?;
+    match &handshake.incarnation {
+        Some(incarnation) if incarnation.is_empty() => {
+            Err(FieldError::new("incarnation", "must not be empty"))
+        }
+        Some(incarnation) => check_text("incarnation", incarnation, HANDSHAKE_TEXT_BYTES_MAX),
+        None => Ok(()),
+    }
+}
+
+async fn handshake(stream: &mut SplitStream<WebSocket>) -> Result<DroneHandshake, End> {
+    let bad = |reason: &str| End::close(CLOSE_BAD_MESSAGE, reason);
+    loop {
+        match stream.next().await {
+            Some(Ok(Message::Text(text))) => return read(&text).map_err(|reason| bad(&reason)),
+            Some(Ok(Message::Binary(_))) => return Err(bad("binary frames are not understood")),
+            Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
+            Some(Ok(Message::Close(_)) | Err(_)) | None => return Err(End::Gone),
+        }
+    }
+}
+
+/// What the state says of the name's earlier session, seen from the controller that registers a new one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Earlier {
+    /// No such drone yet, or the same incarnation, which reconnects.
+    Own,
+    /// Another incarnation's session, here.
+    Here,
+    /// Another incarnation's session, at another controller: its drone's heartbeats say whether it lives.
+    Elsewhere,
+}
+
+fn earlier(drone: Option<&DroneRecord>, incarnation: &str, controller: u64) -> Earlier {
+    match drone {
+        None => Earlier::Own,
+        Some(drone) if drone.incarnation == incarnation => Earlier::Own,
+        Some(drone) if drone.controller == controller => Earlier::Here,
+        Some(_) => Earlier::Elsewhere,
+    }
+}
+
+/// See the module.
+pub async fn start(
+    app: &App,
+    cluster: String,
+    pool: String,
+    stream: &mut SplitStream<WebSocket>,
+    out: &mpsc::Sender<Message>,
+) -> Result<Session, End> {
+    let handshake = tokio::select! {
+        done = tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake(stream)) => {
+            done.map_err(|_| End::close(CLOSE_BAD_MESSAGE, "no handshake came in time"))??
+        }
+        () = app.stopping.cancelled() => return Err(elsewhere("this controller is stopping")),
+    };
+    let name = handshake.name.clone();
+    let session = ids::session();
+    // Entered before it is registered, so that nobody takes it for dead in between.
+    let place = app.sessions.enter(&session);
+    let (drone_id, index) = register(app, cluster, pool, handshake, &session).await?;
+    // Invariant 1 of the session.
+    app.store.wait_applied(index, REGISTER_DEADLINE).await.map_err(elsewhere)?;
+    // Before the first look at what is due.
+    let watch = app.hub.watch(Topic::Drone(drone_id));
+    let local = app.store.local();
+    let formed = local.view.cluster().map_err(|error| {
+        tracing::error!(%error, "reading the state failed");
+        elsewhere("reading the state failed")
+    })?;
+    let answer = ControllerHandshake {
+        version: VersionInfo::current(),
+        name: App::controller_name(app.settings.store.id),
+        cluster_id: formed.as_ref().map(|formed| formed.cluster_id.clone()),
+        lease: formed.map(|formed| formed.lease),
+    };
+    let text = serde_json::to_string(&answer).map_err(elsewhere)?;
+    out.try_send(Message::Text(text.into())).map_err(|_| End::Gone)?;
+    tracing::info!(drone = %name, drone_id, session, "drone session started");
+    Ok(Session::new(app.clone(), out.clone(), drone_id, session, place, watch))
+}
+
+/// Registers the session and returns the drone's number and the entry's index.
+async fn register(
+    app: &App,
+    cluster: String,
+    pool: String,
+    handshake: DroneHandshake,
+    session: &str,
+) -> Result<(i32, u64), End> {
+    let incarnation = handshake.incarnation.unwrap_or_else(ids::session);
+    // Not the local state: an older record must not make us take a live drone's name.
+    let point = app.store.linearizable(REGISTER_DEADLINE).await.map_err(elsewhere)?;
+    let found = point.view.drone_by_name(&cluster, &handshake.name).map_err(|error| {
+        tracing::error!(%error, "reading the state failed");
+        elsewhere("reading the state failed")
+    })?;
+    let old = found.map(|(_, drone)| drone);
+    let take_over = match earlier(old.as_ref(), &incarnation, app.settings.store.id) {
+        Earlier::Own => true,
+        Earlier::Elsewhere => false,
+        Earlier::Here => match &old {
+            Some(old) => !app.sessions.answers(&old.session).await,
+            None => true,
+        },
+    };
+    let command = Command::RegisterDrone(RegisterDrone {
+        cluster,
+        name: handshake.name,
+        pool,
+        incarnation,
+        session: session.to_owned(),
+        controller: app.settings.store.id,
+        take_over,
+        version: handshake.version.version,
+        git_hash: frames::truncated(&handshake.version.git_hash, HANDSHAKE_TEXT_BYTES_MAX).to_owned(),
+    });
+    let end = Instant::now() + REGISTER_DEADLINE;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let proposal = Proposal { command: command.clone(), idempotency: None };
+        let answer = match app.propose_within(proposal, left).await {
+            Ok(answer) => answer,
+            // The same session may be registered twice.
+            Err(ProposeError::OutcomeUnknown(_)) if Instant::now() < end => continue,
+            Err(error) => return Err(elsewhere(error)),
+        };
+        return match answer.outcome {
+            Outcome::Registered { drone_id } => Ok((drone_id, answer.index)),
+            Outcome::Refused(refusal @ Refusal::NameTaken) => {
+                Err(End::close(CLOSE_NAME_TAKEN, refusal.to_string()))
+            }
+            Outcome::Refused(refusal) => Err(elsewhere(refusal)),
+            other => {
+                tracing::error!(?other, "unexpected outcome of a registration");
+                Err(elsewhere("the registration failed"))
+            }
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn text(change: serde_json::Value) -> String {
+        let mut handshake = json!({"version": {"version": "1", "git_hash": "a"}, "name": "dr-a"});
+        for (key, value) in change.as_object().unwrap() {
+            handshake[key] = value.clone();
+        }
+        handshake.to_string()
+    }
+
+    #[test]
+    fn a_plane_drones_handshake_is_read_and_each_wrong_field_named() {
+        assert_eq!(read(&text(json!({"other": 1}))).unwrap().incarnation, None);
+        for (change, named) in [
+            (json!({"name": "a"}), "name"),
+            (json!({"name": "dr-A"}), "name"),
+            (json!({"incarnation": ""}), "incarnation"),
+            (json!({"incarnation": "x".repeat(129)}), "incarnation"),
+            (json!({"version": {"version": "\n", "git_hash": ""}}), "version.version"),
+            (json!({"version": 5}), "not a handshake"),
+        ] {
+            let reason = read(&text(change)).unwrap_err();
+            assert!(reason.starts_with(named), "{reason}");
+        }
+        assert!(read("{").unwrap_err().starts_with("not a handshake"));
+    }
+
+    #[test]
+    fn only_another_incarnation_elsewhere_is_left_to_its_heartbeats() {
+        let drone = DroneRecord {
+            cluster: "c".into(),
+            name: "dr-a".into(),
+            pool: String::new(),
+            incarnation: "one".into(),
+            session: "s".into(),
+            controller: 1,
+            version: String::new(),
+            git_hash: String::new(),
+            draining: false,
+            backend_count: 0,
+            registered_at_ms: 0,
+            heartbeat: None,
+        };
+        assert_eq!(earlier(None, "one", 1), Earlier::Own);
+        assert_eq!(earlier(Some(&drone), "one", 2), Earlier::Own);
+        assert_eq!(earlier(Some(&drone), "two", 1), Earlier::Here);
+        assert_eq!(earlier(Some(&drone), "two", 2), Earlier::Elsewhere);
+    }
+}

@@ -1,0 +1,276 @@
+//! A controller of one member and a drone that a test plays by hand.
+#![allow(dead_code, missing_docs, reason = "each test uses its part")]
+
+use futures::{SinkExt, StreamExt};
+use holdfast_controller::config::Settings;
+use holdfast_controller::serve::serve_on;
+use raft_store::{Store, StoreConfig};
+use reqwest::{Method, Response, StatusCode};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
+
+/// The cluster of every test.
+pub const CLUSTER: &str = "127.0.0.1:9090";
+/// What a test drone's clock shows at first.
+pub const LOCAL_TIME_MS: i64 = 1_000_000;
+/// Longest that anything is waited for.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+pub fn process() -> Value {
+    json!({"cluster": CLUSTER, "executable": {"command": ["true"]}})
+}
+
+pub async fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let end = tokio::time::Instant::now() + PATIENCE;
+    while !done() {
+        assert!(tokio::time::Instant::now() < end, "in vain: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[derive(Clone)]
+pub struct Server {
+    pub url: String,
+    pub addr: SocketAddr,
+    pub store: Store,
+    client: reqwest::Client,
+    running: Arc<Mutex<Option<Running>>>,
+}
+
+struct Running {
+    stop: oneshot::Sender<()>,
+    served: JoinHandle<()>,
+    dir: tempfile::TempDir,
+}
+
+impl Server {
+    pub async fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let url = format!("http://{addr}");
+        // Free when looked at, and nobody else is likely to take it.
+        let peer = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let config = StoreConfig {
+            id: 1,
+            data_dir: dir.path().to_owned(),
+            peer_listen: peer,
+            advertise_url: url.clone(),
+            initial_cluster: BTreeMap::from([(1, peer.to_string())]),
+            lease: Some("renew=1s,soft=2s,hard=3s,expiry=4s".parse().unwrap()),
+            terminated_keep_ms: 60_000,
+            election_timeout_ms: 200,
+            snapshot_every: 10_000,
+        };
+        let settings = Settings {
+            store: config.clone(),
+            listen: addr,
+            advertise_url: url.clone(),
+            default_cluster: Some(CLUSTER.to_owned()),
+            log: None,
+        };
+        let store = Store::open(config).await.unwrap();
+        let (stop, stopped) = oneshot::channel();
+        let served = tokio::spawn({
+            let store = store.clone();
+            async move {
+                let stop = async {
+                    let _ = stopped.await;
+                };
+                serve_on(listener, store, settings, stop).await.unwrap();
+            }
+        });
+        let running = Arc::new(Mutex::new(Some(Running { stop, served, dir })));
+        let server = Self { url, addr, store, client: reqwest::Client::new(), running };
+        let end = tokio::time::Instant::now() + PATIENCE;
+        while server.get("/ctrl/ready").await.0 != StatusCode::OK {
+            assert!(tokio::time::Instant::now() < end, "not ready");
+        }
+        server
+    }
+
+    pub async fn stop(&self) {
+        let running = self.running.lock().unwrap().take().unwrap();
+        running.stop.send(()).unwrap();
+        tokio::time::timeout(PATIENCE, running.served).await.unwrap().unwrap();
+        self.store.stop().await;
+        drop(running.dir);
+    }
+
+    /// Waits for the first heartbeat.
+    pub async fn wait_for_drone(&self, name: &str) {
+        wait_until(name, || {
+            let drone = self.store.local().view.drone_by_name(CLUSTER, name).unwrap();
+            drone.is_some_and(|(_, drone)| drone.heartbeat.is_some())
+        })
+        .await;
+    }
+
+    pub async fn answer(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: Option<&Value>,
+    ) -> Response {
+        let method: Method = method.parse().unwrap();
+        let mut request = self.client.request(method, format!("{}{path}", self.url));
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        if let Some(body) = body {
+            // Without a content type, which is tolerated.
+            request = request.body(body.to_string());
+        }
+        request.send().await.unwrap()
+    }
+
+    pub async fn request(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: Option<&Value>,
+    ) -> (StatusCode, Value) {
+        let answer = self.answer(method, path, headers, body).await;
+        let status = answer.status();
+        let text = answer.text().await.unwrap();
+        (status, serde_json::from_str(&text).unwrap_or_else(|_| panic!("{method} {path}: not JSON: {text}")))
+    }
+
+    pub async fn post(&self, path: impl AsRef<str>, body: &Value) -> (StatusCode, Value) {
+        self.request("POST", path.as_ref(), &[], Some(body)).await
+    }
+
+    pub async fn send_raw(&self, path: &str, body: String) -> (StatusCode, Value) {
+        let answer = self.client.post(format!("{}{path}", self.url)).body(body).send().await.unwrap();
+        (answer.status(), answer.json().await.unwrap())
+    }
+
+    pub async fn get(&self, path: &str) -> (StatusCode, Value) {
+        self.request("GET", path, &[], None).await
+    }
+
+    /// A body up to its end.
+    pub async fn text(&self, path: &str, headers: &[(&str, &str)]) -> String {
+        let answer = self.answer("GET", path, headers, None).await;
+        tokio::time::timeout(PATIENCE, answer.text()).await.unwrap().unwrap()
+    }
+}
+
+type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
+
+pub struct Drone {
+    socket: Socket,
+}
+
+impl Drone {
+    async fn open(server: &Server, name: &str, incarnation: Option<&str>, pool: &str) -> Self {
+        let url = format!("ws://{}/ctrl/c/{CLUSTER}/drone-socket?pool={pool}", server.addr);
+        let (socket, _) = tokio_tungstenite::connect_async(url).await.unwrap();
+        let mut drone = Self { socket };
+        let mut handshake = json!({"version": {"version": "1", "git_hash": "x"}, "name": name});
+        if let Some(incarnation) = incarnation {
+            handshake["incarnation"] = json!(incarnation);
+        }
+        drone.send(&handshake).await;
+        drone
+    }
+
+    /// Opens a session and sends the first heartbeat.
+    pub async fn connect(server: &Server, name: &str, incarnation: Option<&str>, pool: &str) -> Self {
+        let mut drone = Self::open(server, name, incarnation, pool).await;
+        let handshake = drone.read().await;
+        assert_eq!(handshake["name"], "controller-1");
+        assert_eq!(handshake["lease"]["expiry_ms"], 4_000);
+        assert!(handshake["cluster_id"].is_string());
+        drone.send(&json!({"Heartbeat": {"local_time": LOCAL_TIME_MS}})).await;
+        drone
+    }
+
+    /// The close code of a session that must not begin.
+    pub async fn refused(server: &Server, name: &str, incarnation: Option<&str>) -> u16 {
+        Self::open(server, name, incarnation, "").await.closed().await
+    }
+
+    pub async fn send(&mut self, message: &Value) {
+        self.send_raw(Message::text(message.to_string())).await;
+    }
+
+    pub async fn send_raw(&mut self, message: Message) {
+        self.socket.send(message).await.unwrap();
+    }
+
+    async fn read(&mut self) -> Value {
+        loop {
+            let message = tokio::time::timeout(PATIENCE, self.socket.next()).await.unwrap();
+            match message.unwrap().unwrap() {
+                Message::Text(text) => return serde_json::from_str(&text).unwrap(),
+                Message::Close(frame) => panic!("closed: {frame:?}"),
+                _ => {}
+            }
+        }
+    }
+
+    /// The content of the next message of a kind.
+    pub async fn next(&mut self, kind: &str) -> Value {
+        loop {
+            if let Some(content) = self.read().await.get(kind) {
+                return content.clone();
+            }
+        }
+    }
+
+    /// Reports a state and waits for its acknowledgement.
+    pub async fn report(&mut self, event_id: i64, backend: &str, state: Value, token: u64) {
+        self.send(&json!({"BackendEvent": {"event_id": event_id, "backend_id": backend, "state": state,
+                          "timestamp": LOCAL_TIME_MS, "token": token}}))
+            .await;
+        assert_eq!(self.next("AckEvent").await["event_id"], event_id);
+    }
+
+    /// Reads until the controller closes, and returns its code.
+    pub async fn closed(mut self) -> u16 {
+        loop {
+            match tokio::time::timeout(PATIENCE, self.socket.next()).await.unwrap() {
+                Some(Ok(Message::Close(Some(frame)))) => return frame.code.into(),
+                Some(Ok(_)) => {}
+                other => panic!("no close frame: {other:?}"),
+            }
+        }
+    }
+
+    /// Goes on reading, and so answering pings.
+    pub fn in_background(mut self) -> Reading {
+        let (stop, mut stopped) = oneshot::channel();
+        let task = tokio::spawn(async move {
+            loop {
+                tokio::select! {
+                    _ = &mut stopped => return self,
+                    message = self.socket.next() => assert!(matches!(message, Some(Ok(_))), "{message:?}"),
+                }
+            }
+        });
+        Reading { stop, task }
+    }
+}
+
+pub struct Reading {
+    stop: oneshot::Sender<()>,
+    task: JoinHandle<Drone>,
+}
+
+impl Reading {
+    pub async fn stop_reading(self) -> Drone {
+        self.stop.send(()).unwrap();
+        self.task.await.unwrap()
+    }
+}

@@ -1,0 +1,115 @@
+//! What a test's cluster is to be like.
+
+use super::cluster::Cluster;
+use super::wait::LONG;
+use std::time::Duration;
+
+/// Default lease of a test: a key expires within seconds, and a busy machine still renews in time.
+const LEASE_DEFAULT: &str = "renew=1s,soft=2500ms,hard=3500ms,expiry=5s";
+
+/// A process of a wrong wall clock.
+#[derive(Debug, Clone)]
+pub(super) enum Clock {
+    Controller(usize, String),
+    Drone(usize, String),
+}
+
+/// Describes a cluster; [`ClusterBuilder::start`] starts it.
+#[derive(Debug, Clone)]
+pub struct ClusterBuilder {
+    pub(super) controllers: usize,
+    pub(super) drones: usize,
+    pub(super) lease: String,
+    pub(super) election_timeout: String,
+    pub(super) proxied_drones: bool,
+    pub(super) default_cluster: bool,
+    pub(super) clocks: Vec<Clock>,
+    pub(super) controller_flags: Vec<(String, String)>,
+    pub(super) patience: Duration,
+}
+
+impl Default for ClusterBuilder {
+    fn default() -> Self {
+        Self {
+            controllers: 3,
+            drones: 1,
+            lease: LEASE_DEFAULT.to_owned(),
+            election_timeout: "500ms".to_owned(),
+            proxied_drones: false,
+            default_cluster: true,
+            clocks: Vec::new(),
+            controller_flags: Vec::new(),
+            patience: LONG,
+        }
+    }
+}
+
+impl ClusterBuilder {
+    /// How many controllers (3).
+    #[must_use]
+    pub fn controllers(mut self, count: usize) -> Self {
+        self.controllers = count;
+        self
+    }
+
+    /// How many drones (1): `dr-0`, `dr-1`, …
+    #[must_use]
+    pub fn drones(mut self, count: usize) -> Self {
+        self.drones = count;
+        self
+    }
+
+    /// Lease durations, in the form of `--lease`.
+    #[must_use]
+    pub fn lease(mut self, lease: &str) -> Self {
+        self.lease = lease.to_owned();
+        self
+    }
+
+    /// Election time-out, in the form of `--election-timeout` (500ms).
+    #[must_use]
+    pub fn election_timeout(mut self, duration: &str) -> Self {
+        self.election_timeout = duration.to_owned();
+        self
+    }
+
+    /// A flag for all controllers.
+    #[must_use]
+    pub fn controller_flag(mut self, flag: &str, value: &str) -> Self {
+        self.controller_flags.push((flag.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Each drone reaches the controllers only through its own proxies: `Cluster::links`.
+    #[must_use]
+    pub fn proxied_drones(mut self) -> Self {
+        self.proxied_drones = true;
+        self
+    }
+
+    /// Controllers have no `--default-cluster`.
+    #[must_use]
+    pub fn no_default_cluster(mut self) -> Self {
+        self.default_cluster = false;
+        self
+    }
+
+    /// Moves a controller's wall clock (`+3650d`); needs libfaketime.
+    #[must_use]
+    pub fn controller_clock(mut self, index: usize, offset: &str) -> Self {
+        self.clocks.push(Clock::Controller(index, offset.to_owned()));
+        self
+    }
+
+    /// Moves a drone's wall clock.
+    #[must_use]
+    pub fn drone_clock(mut self, index: usize, offset: &str) -> Self {
+        self.clocks.push(Clock::Drone(index, offset.to_owned()));
+        self
+    }
+
+    /// Starts everything and waits until each controller serves and each drone can be scheduled to.
+    pub async fn start(self) -> Cluster {
+        Cluster::start(self).await
+    }
+}
