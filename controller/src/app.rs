@@ -11,7 +11,7 @@ use holdfast_core::command::{Command, HeartbeatItem, Idempotency, Proposal};
 use holdfast_wire::ApiErrorKind;
 use raft_store::{Answer, ProposeError, ReadPoint, Store};
 use std::ops::Deref;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit, mpsc};
 use tokio_util::sync::CancellationToken;
@@ -55,8 +55,14 @@ pub struct Shared {
     streams: Arc<Semaphore>,
     sockets: Arc<Semaphore>,
     token_secret: OnceLock<[u8; 32]>,
-    /// Since when every proposal has failed for want of a leader.
-    failing_since: Mutex<Option<Instant>>,
+    failing: Mutex<Option<Failing>>,
+}
+
+/// A run of proposals without one that reached a leader.
+#[derive(Debug, Clone, Copy)]
+struct Failing {
+    first: Instant,
+    last: Instant,
 }
 
 impl Deref for App {
@@ -84,7 +90,7 @@ impl App {
             streams: Arc::new(Semaphore::new(STREAMS_MAX)),
             sockets: Arc::new(Semaphore::new(SOCKETS_MAX)),
             token_secret: OnceLock::new(),
-            failing_since: Mutex::new(None),
+            failing: Mutex::new(None),
         }));
         let hub = Arc::clone(&app.hub).run(app.store.effects());
         let stopping = app.stopping.clone();
@@ -115,22 +121,24 @@ impl App {
     ) -> Result<Answer, ProposeError> {
         let answer = self.store.propose(proposal, deadline).await;
         match &answer {
-            Ok(_) => *self.failing_since() = None,
+            Ok(_) => *self.failing() = None,
             Err(ProposeError::NoLeader | ProposeError::OutcomeUnknown(_)) => {
-                self.failing_since().get_or_insert_with(Instant::now);
+                let now = Instant::now();
+                self.failing().get_or_insert(Failing { first: now, last: now }).last = now;
             }
             Err(ProposeError::TooLarge(..) | ProposeError::Overloaded | ProposeError::Stopped(_)) => {}
         }
         answer
     }
 
-    fn failing_since(&self) -> std::sync::MutexGuard<'_, Option<Instant>> {
-        self.failing_since.lock().unwrap_or_else(PoisonError::into_inner)
+    fn failing(&self) -> MutexGuard<'_, Option<Failing>> {
+        self.failing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How long no proposal of this controller has reached a leader, counted from the first that failed.
+    /// How long proposals of this controller have failed for want of a leader, from the first to the last of them with
+    /// none in between that succeeded. Silence after a failure says nothing and does not count.
     pub fn failing_for(&self) -> Duration {
-        self.failing_since().map_or(Duration::ZERO, |since| since.elapsed())
+        self.failing().map_or(Duration::ZERO, |run| run.last.duration_since(run.first))
     }
 
     /// The state, as fresh as asked.

@@ -40,7 +40,7 @@ async fn a_key_is_acquired_found_and_freed_by_its_backends_end() {
     assert_eq!(action["action"]["Spawn"]["key"]["token"], fencing);
     assert_eq!(action["action"]["Spawn"]["executable"], process()["executable"]);
     let deadlines = &action["action"]["Spawn"]["key"]["deadlines"];
-    let local_time = deadlines["renew_at"].as_i64().unwrap() - 1_000;
+    let local_time = deadlines["renew_at"].as_i64().unwrap() - 60_000;
     assert!(local_time >= common::LOCAL_TIME_MS, "{deadlines}");
     drone.send(&json!({"AckAction": {"action_id": action["action_id"]}})).await;
 
@@ -68,8 +68,8 @@ async fn a_key_is_acquired_found_and_freed_by_its_backends_end() {
     let renewed = drone.next("RenewKeysResponse").await;
     assert_eq!(
         renewed["keys"],
-        json!([{"backend": backend, "deadlines": {"renew_at": 7_001_000, "soft_terminate_at": 7_002_000,
-                "hard_terminate_at": 7_003_000}}, {"backend": "ba-none", "refused": "unknown"}])
+        json!([{"backend": backend, "deadlines": {"renew_at": 7_060_000, "soft_terminate_at": 7_070_000,
+                "hard_terminate_at": 7_080_000}}, {"backend": "ba-none", "refused": "unknown"}])
     );
     let end = drone.next("Action").await;
     assert_eq!(
@@ -288,7 +288,7 @@ async fn listings_are_paged_and_keys_can_be_steered() {
         (status, &cluster["leader"], &cluster["members"][0]["role"]),
         (StatusCode::OK, &json!(1), &json!("leader"))
     );
-    assert_eq!(cluster["lease"]["expiry_ms"], 4_000);
+    assert_eq!(cluster["lease"]["expiry_ms"], 100_000);
     for path in ["/ctrl/ready", "/ctrl/status", "/pub/health"] {
         assert_eq!(server.get(path).await.0, StatusCode::OK, "{path}");
     }

@@ -18,3 +18,4 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that panics has found something")]
 
 pub mod harness;
+pub mod sim_drone;

@@ -254,7 +254,11 @@ impl SimDrone {
 
     /// As [`Self::connect`], trying each controller in turn until one lets it in or `within` has passed. A name that is
     /// taken (an older session that has not been given up yet) is tried again too.
-    pub async fn connect_any(urls: &[String], identity: &Identity, within: Duration) -> Result<Self, SimError> {
+    pub async fn connect_any(
+        urls: &[String],
+        identity: &Identity,
+        within: Duration,
+    ) -> Result<Self, SimError> {
         let end = Instant::now() + within;
         let mut at = 0;
         loop {
@@ -451,8 +455,10 @@ impl SimDrone {
 
     /// Asks for many renewals without waiting for the answer.
     pub async fn send_renewals(&self, keys: &[(String, u64)], local_time_ms: i64) -> Result<(), SimError> {
-        let keys =
-            keys.iter().map(|(backend, token)| RenewItem { backend: backend.clone(), token: *token }).collect();
+        let keys = keys
+            .iter()
+            .map(|(backend, token)| RenewItem { backend: backend.clone(), token: *token })
+            .collect();
         self.send(&MessageFromDrone::RenewKeys(RenewKeysRequest { local_time: local_time_ms, keys })).await
     }
 

@@ -158,7 +158,7 @@ impl FromRequest<App> for Write {
 impl Write {
     /// The body as JSON of the expected shape, whatever its content type says.
     pub fn json<T: DeserializeOwned>(&self) -> Result<T, Failure> {
-        parse_json(&self.body)
+        parse_object(&self.body)
     }
 
     /// For requests without a body: nothing, or any JSON.
@@ -193,8 +193,17 @@ async fn read_body(body: Body, caller_waits: bool) -> Result<Bytes, Failure> {
     if seen_bytes > BODY_BYTES_MAX { Err(too_large()) } else { Ok(kept.freeze()) }
 }
 
+/// Parses a JSON object; the error names the field.
+fn parse_object<T: DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {
+    // serde would read the fields of an object from an array too.
+    if body.trim_ascii_start().starts_with(b"[") {
+        return Err(Failure::new(ApiErrorKind::InvalidRequest, "body: an object is expected, not an array"));
+    }
+    parse_json(body)
+}
+
 /// Parses JSON; the error names the field.
-pub fn parse_json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {
+fn parse_json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {
     let invalid = |message: String| Failure::new(ApiErrorKind::InvalidRequest, message);
     if body.iter().all(u8::is_ascii_whitespace) {
         return Err(invalid("body is empty, but JSON is expected".to_owned()));
@@ -267,11 +276,11 @@ mod tests {
             ("", "body is empty"),
             ("\u{0}", "body is not JSON"),
         ] {
-            let failure = parse_json::<ConnectRequest>(body.as_bytes()).unwrap_err();
+            let failure = parse_object::<ConnectRequest>(body.as_bytes()).unwrap_err();
             assert_eq!(failure.kind, ApiErrorKind::InvalidRequest);
             assert!(failure.message.starts_with(named), "{body}: {}", failure.message);
         }
-        assert!(parse_json::<ConnectRequest>(br#"{"unknown":1}"#).is_ok());
+        assert!(parse_object::<ConnectRequest>(br#"{"unknown":1}"#).is_ok());
     }
 
     #[test]

@@ -31,8 +31,9 @@ use tokio::time::MissedTickBehavior;
 const TICK: Duration = Duration::from_secs(1);
 /// A drone that says nothing for so long, not even to a ping, is gone.
 const SILENCE_MAX: Duration = Duration::from_secs(5);
-/// How long no proposal may reach a leader, after one has failed, before the drone is sent elsewhere.
-const FAILING_MAX: Duration = Duration::from_secs(2);
+/// How long proposals may fail for want of a leader before the drone is sent elsewhere. Each of them has looked for one
+/// for a while itself.
+const FAILING_MAX: Duration = Duration::from_secs(1);
 /// Renewal entries of one session under way.
 const RENEWALS_UNDER_WAY_MAX: usize = 4;
 /// State reports that wait for an entry. What does not fit is not acknowledged, and the drone sends it again.

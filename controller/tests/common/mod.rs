@@ -19,6 +19,8 @@ use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
 
 /// The cluster of every test.
 pub const CLUSTER: &str = "127.0.0.1:9090";
+/// Long enough that a drone of one heartbeat stays fit for a whole test on a busy machine.
+pub const LEASE: &str = "renew=60s,soft=70s,hard=80s,expiry=100s";
 /// What a test drone's clock shows at first.
 pub const LOCAL_TIME_MS: i64 = 1_000_000;
 /// Longest that anything is waited for.
@@ -52,22 +54,46 @@ struct Running {
 }
 
 impl Server {
+    /// A cluster of one.
     pub async fn start() -> Self {
+        let mut servers = Self::start_cluster(1).await;
+        servers.remove(0)
+    }
+
+    /// A cluster of `count` controllers, all ready.
+    pub async fn start_cluster(count: u64) -> Vec<Self> {
+        // Free when looked at, and nobody else is likely to take them.
+        let held: Vec<_> = (1..=count).map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+        let members: BTreeMap<u64, String> =
+            (1..=count).zip(&held).map(|(id, held)| (id, held.local_addr().unwrap().to_string())).collect();
+        drop(held);
+        let mut servers = Vec::new();
+        for id in 1..=count {
+            servers.push(Self::start_member(id, &members).await);
+        }
+        for server in &servers {
+            let end = tokio::time::Instant::now() + PATIENCE;
+            while server.get("/ctrl/ready").await.0 != StatusCode::OK {
+                assert!(tokio::time::Instant::now() < end, "not ready");
+            }
+        }
+        servers
+    }
+
+    async fn start_member(id: u64, members: &BTreeMap<u64, String>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
         let url = format!("http://{addr}");
-        // Free when looked at, and nobody else is likely to take it.
-        let peer = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let config = StoreConfig {
-            id: 1,
+            id,
             data_dir: dir.path().to_owned(),
-            peer_listen: peer,
+            peer_listen: members[&id].parse().unwrap(),
             advertise_url: url.clone(),
-            initial_cluster: BTreeMap::from([(1, peer.to_string())]),
-            lease: Some("renew=1s,soft=2s,hard=3s,expiry=4s".parse().unwrap()),
+            initial_cluster: members.clone(),
+            lease: Some(LEASE.parse().unwrap()),
             terminated_keep_ms: 60_000,
-            election_timeout_ms: 200,
+            election_timeout_ms: 300,
             snapshot_every: 10_000,
         };
         let settings = Settings {
@@ -89,12 +115,7 @@ impl Server {
             }
         });
         let running = Arc::new(Mutex::new(Some(Running { stop, served, dir })));
-        let server = Self { url, addr, store, client: reqwest::Client::new(), running };
-        let end = tokio::time::Instant::now() + PATIENCE;
-        while server.get("/ctrl/ready").await.0 != StatusCode::OK {
-            assert!(tokio::time::Instant::now() < end, "not ready");
-        }
-        server
+        Self { url, addr, store, client: reqwest::Client::new(), running }
     }
 
     pub async fn stop(&self) {
@@ -189,8 +210,8 @@ impl Drone {
     pub async fn connect(server: &Server, name: &str, incarnation: Option<&str>, pool: &str) -> Self {
         let mut drone = Self::open(server, name, incarnation, pool).await;
         let handshake = drone.read().await;
-        assert_eq!(handshake["name"], "controller-1");
-        assert_eq!(handshake["lease"]["expiry_ms"], 4_000);
+        assert!(handshake["name"].as_str().unwrap().starts_with("controller-"));
+        assert_eq!(handshake["lease"]["expiry_ms"], 100_000);
         assert!(handshake["cluster_id"].is_string());
         drone.send(&json!({"Heartbeat": {"local_time": LOCAL_TIME_MS}})).await;
         drone

@@ -54,7 +54,7 @@ impl Timeline {
         }
         match (update.end, self.phase) {
             (Some(EndNow::Soft { kill_boot_ms }), Phase::Running) => {
-                self.phase = Phase::Ending { sent: false, kill_at: kill_boot_ms };
+                self.phase = Phase::Ending { sent: false, kill_at: kill_boot_ms.min(self.hard_at) };
             }
             (Some(EndNow::Hard), Phase::Running | Phase::Ending { .. }) => {
                 self.phase = Phase::Killing { sent: false };
