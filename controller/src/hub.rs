@@ -4,7 +4,7 @@
 //! to all of them, every entry would wake everybody; so one task listens and wakes only whom it concerns.
 //!
 //! Invariant: whoever takes a [`Watch`] before it looks at the state misses no change after that look. If the task itself
-//! missed effects, everybody is woken.
+//! missed effects, or the whole state was replaced, everybody is woken.
 
 use holdfast_core::outcome::Effect;
 use std::collections::HashMap;
@@ -35,7 +35,7 @@ impl Topic {
             Effect::KeyFreed { namespace, name } => {
                 Some(Self::Key { namespace: namespace.clone(), name: name.clone() })
             }
-            Effect::Formed => None,
+            Effect::Formed | Effect::Everything => None,
         }
     }
 }
@@ -59,6 +59,12 @@ impl Hub {
     }
 
     fn wake(&self, effects: &[Effect]) {
+        if effects.contains(&Effect::Everything) {
+            return self.wake_all();
+        }
+        if effects.contains(&Effect::Everything) {
+            return self.wake_all();
+        }
         let topics = self.topics();
         if topics.is_empty() {
             return;
@@ -148,6 +154,15 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn everybody_looks_again_after_a_snapshot_replaced_the_state() {
+        let hub = Arc::new(Hub::default());
+        let mut key = hub.watch(Topic::Key { namespace: String::new(), name: "k".into() });
+        let mut backend = hub.watch(Topic::Backend("b".into()));
+        hub.wake(&[Effect::Everything]);
+        assert!(key.changed().now_or_never().is_some() && backend.changed().now_or_never().is_some());
+    }
+
+    #[tokio::test]
     async fn everybody_looks_again_after_missed_effects() {
         let hub = Arc::new(Hub::default());
         let (sender, receiver) = broadcast::channel::<Arc<[Effect]>>(1);
@@ -157,6 +172,8 @@ mod tests {
         }
         drop(sender);
         Arc::clone(&hub).run(receiver).await;
+        assert!(watch.changed().now_or_never().is_some());
+        hub.wake(&[Effect::Everything]);
         assert!(watch.changed().now_or_never().is_some());
     }
 }

@@ -163,7 +163,8 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             self.state.replace(&ours.path)
         })?;
         self.publish_progress()?;
-        let everything: Arc<[Effect]> = Arc::new([Effect::Formed]);
+        // What the skipped entries did is not known in detail.
+        let everything: Arc<[Effect]> = Arc::new([Effect::Everything]);
         let _ = self.effects.send(everything);
         Ok(())
     }

@@ -600,6 +600,7 @@ async fn watch_raft(inner: Arc<Inner>) {
             let leader = now.current_leader.filter(|id| *id != inner.config.id || !inner.is_cut_off(&now));
             let info = leader.map(|id| LeaderInfo { id, url: inner.directory.url_of(id) });
             if now.current_leader == Some(inner.config.id) && !inner.is_cut_off(&now) {
+                inner.stamper.reign_began(now.current_term);
                 inner.stamper.heard_of_leader();
             }
             inner.leader.send_if_modified(|known| {

@@ -191,6 +191,8 @@ pub struct Stamper {
     pub last_applied_ms: AtomicU64,
     /// Boot time at which this node last heard of a leader or was one with a quorum; 0 = never since the start.
     pub leader_heard_boot_ms: AtomicU64,
+    /// The last term this node led, and how long it had heard of no leader when that term began.
+    outage: Mutex<Option<(u64, Option<u64>)>>,
 }
 
 impl Stamper {
@@ -199,10 +201,24 @@ impl Stamper {
         let logged =
             self.last_in_log_ms.load(Ordering::Acquire).max(self.last_applied_ms.load(Ordering::Acquire));
         let logged = if logged == 0 { anchor_ms } else { logged };
-        let heard = self.leader_heard_boot_ms.load(Ordering::Acquire);
-        let leaderless_ms = (heard != 0).then(|| now_ms.saturating_sub(heard));
+        let leaderless_ms = self.reign_began(term);
         let mut clock = self.clock.lock().unwrap_or_else(PoisonError::into_inner);
         clock.stamp(term, now_ms, logged, leaderless_ms)
+    }
+
+    /// This node leads `term`: how long it had heard of no leader when that began (`None` = not since its start). The
+    /// first call of a term measures it, so it must come before the first [`Self::heard_of_leader`] of that term.
+    pub fn reign_began(&self, term: u64) -> Option<u64> {
+        let mut outage = self.outage.lock().unwrap_or_else(PoisonError::into_inner);
+        match *outage {
+            Some((known, leaderless_ms)) if known == term => leaderless_ms,
+            _ => {
+                let heard = self.leader_heard_boot_ms.load(Ordering::Acquire);
+                let leaderless_ms = (heard != 0).then(|| boot_ms().saturating_sub(heard));
+                *outage = Some((term, leaderless_ms));
+                leaderless_ms
+            }
+        }
     }
 
     /// Cluster time now, while this node leads `term`.
@@ -219,4 +235,46 @@ impl Stamper {
 /// Builds the membership of a new cluster.
 pub fn members_of(addrs: &BTreeMap<u64, String>) -> BTreeMap<u64, Member> {
     addrs.iter().map(|(id, addr)| (*id, Member { peer_addr: addr.clone() })).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stamp(stamper: &Arc<Stamper>, term: u64) -> Stamp {
+        let payload = Payload::Normal(Proposed::new(Bytes::new(), stamper.clone(), None));
+        let log_id = LogId { leader_id: CommittedLeader::new(term), index: 1 };
+        LogEntry::new(log_id, payload).stamp().unwrap()
+    }
+
+    #[test]
+    fn a_leader_that_just_started_trusts_only_heartbeats_of_its_own_term_however_late_its_first_entry() {
+        let stamper = Arc::new(Stamper::default());
+        stamper.reign_began(3);
+        // Being the leader counts as hearing of one, but not for the outage before.
+        stamper.heard_of_leader();
+        assert!(stamp(&stamper, 3).own_term_only);
+        // A leader that follows at once trusts what was recorded before.
+        assert!(!stamp(&stamper, 4).own_term_only);
+    }
+
+    #[test]
+    fn the_term_of_the_append_stamps_a_proposal_not_the_one_of_the_proposal() {
+        let stamper = Arc::new(Stamper::default());
+        stamper.last_in_log_ms.store(5_000, Ordering::Release);
+        let first = stamp(&stamper, 1);
+        assert_eq!(first.cluster_time_ms, 5_000);
+        let queued = Payload::Normal(Proposed::new(Bytes::new(), stamper.clone(), None));
+        // Another leader reigned meanwhile; its log goes to 9 s, whatever the first reign's count would say.
+        stamper.last_in_log_ms.store(9_000, Ordering::Release);
+        let entry = LogEntry::new(LogId { leader_id: CommittedLeader::new(3), index: 2 }, queued);
+        assert_eq!(entry.stamp().unwrap().cluster_time_ms, 9_000);
+    }
+
+    #[test]
+    fn blank_and_membership_entries_are_not_stamped() {
+        let log_id = LogId { leader_id: CommittedLeader::new(1), index: 1 };
+        assert_eq!(LogEntry::new(log_id, Payload::Blank).stamp(), None);
+        assert_eq!(LogEntry::new(log_id, Payload::Membership(Membership::default())).stamp(), None);
+    }
 }

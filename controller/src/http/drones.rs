@@ -18,6 +18,8 @@ const SCAN_DRONES: usize = 1000;
 /// Most drones that one page looks at to find those of a cluster; the cursor goes on from there.
 const PAGE_LOOKS_MAX: usize = 10_000;
 
+type Rows = Vec<(i32, DroneRecord)>;
+
 /// Heard of recently enough to be scheduled to, whether it is draining or not.
 fn is_fresh(drone: &DroneRecord, now_ms: u64, renew_ms: u64) -> bool {
     // Only the flag matters to the copy.
@@ -69,7 +71,7 @@ fn page<R: ReadState>(
     mut after: i32,
     limit: usize,
     looks_max: usize,
-) -> Result<(Vec<(i32, DroneRecord)>, Option<i32>), Failure> {
+) -> Result<(Rows, Option<i32>), Failure> {
     let mut found = Vec::new();
     let mut looks = 0;
     loop {

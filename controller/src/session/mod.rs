@@ -112,7 +112,7 @@ async fn serve(app: App, cluster: String, pool: String, socket: WebSocket) {
         Ok(session) => session.run(&mut stream).await,
         Err(end) => end,
     };
-    tracing::debug!(%end, "drone session ended");
+    tracing::info!(%end, "drone session ended");
     let told = if let End::Close { code, reason } = &end {
         let reason = frames::truncated(reason, CLOSE_REASON_BYTES_MAX);
         let frame = Message::Close(Some(CloseFrame { code: *code, reason: reason.into() }));

@@ -160,4 +160,6 @@ pub enum Effect {
     },
     /// The cluster was formed.
     Formed,
+    /// A snapshot replaced the whole state: everybody has to look. No entry has this effect.
+    Everything,
 }

@@ -479,6 +479,7 @@ fn show_effect(effect: &Effect) -> String {
         }
         Effect::Session { drone_id, session } => format!("session {session} of {drone_id}"),
         Effect::Formed => "formed".to_owned(),
+        Effect::Everything => "everything".to_owned(),
     }
 }
 

@@ -12,6 +12,7 @@ use crate::types::{SnapshotMeta, Stamper, TypeConfig};
 use bytes::{BufMut, Bytes, BytesMut};
 use futures::{SinkExt, StreamExt};
 use holdfast_core::codec::{decode, encode};
+use holdfast_core::command::Proposal;
 use openraft::raft::TransferLeaderRequest;
 use openraft::storage::Snapshot;
 use std::future::Future;
@@ -208,6 +209,10 @@ impl<F: Forwarded> PeerServer<F> {
                 })
             }
             Request::Propose { proposal, deadline_ms } => {
+                // What no replica can decode must not enter the log: it would stop them all.
+                if let Err(error) = decode::<Proposal>(&proposal) {
+                    return Reply::Failed(error.to_string());
+                }
                 let deadline = Duration::from_millis(deadline_ms);
                 Reply::Proposed(self.forwarded.propose_here(Bytes::from(proposal), deadline).await)
             }

@@ -80,7 +80,8 @@ fn main() {
     term.thread_block().expect("blocking SIGTERM");
 
     let journal = OpenOptions::new().create(true).append(true).open(env("JOURNAL")).expect("the journal");
-    let instance = std::fs::read_to_string("/proc/sys/kernel/random/uuid").expect("a random name").trim().to_owned();
+    let instance =
+        std::fs::read_to_string("/proc/sys/kernel/random/uuid").expect("a random name").trim().to_owned();
     let life = Arc::new(Life { journal, instance });
 
     let dir = env("LOCKDIR");

@@ -102,7 +102,8 @@ impl TestBackend {
     /// A request for a key.
     pub fn request_for(&self, key: KeyConfig) -> ConnectRequest {
         // Hexadecimal, since a key's name may hold anything. Namespace and name together are the key.
-        let lock: String = format!("{}\u{1}{}", key.namespace, key.name).bytes().map(|b| format!("{b:02x}")).collect();
+        let lock: String =
+            format!("{}\u{1}{}", key.namespace, key.name).bytes().map(|b| format!("{b:02x}")).collect();
         ConnectRequest {
             spawn_config: Some(self.spawn_config(&lock)),
             key: Some(key),

@@ -258,7 +258,8 @@ impl Cluster {
         let client = self.client();
         wait_until(&format!("{label} is ready"), LONG, async || {
             let page = client.drones_page(&Default::default(), None).await;
-            let ready = page.as_ref().is_ok_and(|page| page.drones.iter().any(|d| d.name == *label && d.ready));
+            let ready =
+                page.as_ref().is_ok_and(|page| page.drones.iter().any(|d| d.name == *label && d.ready));
             if ready { Ok(()) } else { Err(page) }
         })
         .await;
@@ -306,10 +307,8 @@ impl Cluster {
 
     /// Waits until a key is free.
     pub async fn wait_free(&self, name: &str) {
-        wait_until(&format!("key {name} is free"), SHORT, async || {
-            self.key(name).await.map_or(Ok(()), Err)
-        })
-        .await;
+        wait_until(&format!("key {name} is free"), SHORT, async || self.key(name).await.map_or(Ok(()), Err))
+            .await;
     }
 
     /// Starts a controller that does not run, on its old data and ports.
@@ -337,7 +336,10 @@ impl Drop for Cluster {
             for process in self.controllers.iter().chain(&self.drones) {
                 eprintln!("── log of {}:\n{}", process.label, process.log_tail());
             }
-            eprintln!("── journal:\n{}", std::fs::read_to_string(dir.path().join("journal")).unwrap_or_default());
+            eprintln!(
+                "── journal:\n{}",
+                std::fs::read_to_string(dir.path().join("journal")).unwrap_or_default()
+            );
             if std::env::var_os("HOLDFAST_KEEP").is_some() {
                 eprintln!("── kept: {}", dir.keep().display());
             }

@@ -39,8 +39,9 @@ impl PortBlock {
             }
             let first = FIRST + block * BLOCK_PORTS;
             // All at once, and let go together.
-            let bound: Result<Vec<_>, _> =
-                (first..first + BLOCK_PORTS).map(|port| TcpListener::bind((Ipv4Addr::LOCALHOST, port))).collect();
+            let bound: Result<Vec<_>, _> = (first..first + BLOCK_PORTS)
+                .map(|port| TcpListener::bind((Ipv4Addr::LOCALHOST, port)))
+                .collect();
             if bound.is_ok() {
                 return Self { first, given: 0, _lock: file };
             }

@@ -103,7 +103,9 @@ impl Process {
         let log = OpenOptions::new().create(true).append(true).open(&self.log).expect("a log file");
         let mut command = Command::new(&self.program);
         // Settings of whoever runs the tests are not the tests'.
-        for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("HOLDFAST_")) {
+        for (name, _) in
+            std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("HOLDFAST_"))
+        {
             command.env_remove(name);
         }
         command
@@ -117,7 +119,8 @@ impl Process {
         unsafe {
             command.pre_exec(|| Ok(set_pdeathsig(Signal::SIGKILL)?));
         }
-        let child = spawn(command).unwrap_or_else(|e| panic!("{} can't be started: {e}", self.program.display()));
+        let child =
+            spawn(command).unwrap_or_else(|e| panic!("{} can't be started: {e}", self.program.display()));
         self.child = Some(child);
     }
 
@@ -157,7 +160,8 @@ impl Process {
 
     /// Everything it has written.
     pub fn log(&self) -> String {
-        std::fs::read(&self.log).map_or_else(|e| e.to_string(), |log| String::from_utf8_lossy(&log).into_owned())
+        std::fs::read(&self.log)
+            .map_or_else(|e| e.to_string(), |log| String::from_utf8_lossy(&log).into_owned())
     }
 
     pub(super) fn log_tail(&self) -> String {
@@ -178,7 +182,9 @@ pub(super) fn kill_writers_below(dir: &Path) {
     let Ok(processes) = std::fs::read_dir("/proc") else { return };
     let own = std::process::id();
     for entry in processes.flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
         let below = |fd: &str| {
             std::fs::read_link(entry.path().join("fd").join(fd)).is_ok_and(|target| target.starts_with(dir))
         };
