@@ -2,7 +2,7 @@
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test build lint clean prerequisites prerequisites-test
+.PHONY: help demo test build lint figures clean prerequisites prerequisites-test
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ build: prerequisites ## the three binaries, in target/release
 lint: prerequisites ## rustfmt and clippy, no warnings allowed
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
+
+figures: build ## connects per second and failover time of three controllers, measured here
+	target/release/figures
 
 clean: ## remove target/
 	$(CARGO) clean

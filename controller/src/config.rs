@@ -79,7 +79,7 @@ pub struct Flags {
     #[arg(long, env = "HOLDFAST_SNAPSHOT_EVERY", value_name = "ENTRIES")]
     pub snapshot_every: Option<u64>,
     /// What to log: error, warn, info, debug, trace, or a filter like info,raft_store=debug (RUST_LOG is read too)
-    /// [default: info]
+    /// [default: info,openraft=error]
     #[arg(long, env = "HOLDFAST_LOG", value_name = "FILTER")]
     pub log: Option<String>,
     /// TOML file with the same names (without the dashes in front)

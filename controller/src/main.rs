@@ -4,6 +4,7 @@ use clap::Parser;
 use holdfast_controller::config::{Flags, Settings};
 use holdfast_controller::serve::{ServeError, serve};
 use raft_store::OpenError;
+use std::io::IsTerminal;
 use std::process::ExitCode;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
@@ -13,6 +14,9 @@ const WRONG_USE: u8 = 2;
 /// Exit code of a failure.
 const FAILED: u8 = 1;
 
+/// What is logged unless told otherwise. The Raft library's own news are for those who look into it.
+const LOG_DEFAULT: &str = "info,openraft=error";
+
 fn complain(error: &dyn std::fmt::Display) {
     eprintln!("holdfast-controller: {error}");
 }
@@ -20,7 +24,7 @@ fn complain(error: &dyn std::fmt::Display) {
 fn log_filter(settings: &Settings) -> Result<EnvFilter, String> {
     match &settings.log {
         Some(filter) => filter.parse().map_err(|error| format!("--log {filter:?} is not a filter: {error}")),
-        None => Ok(EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"))),
+        None => Ok(EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(LOG_DEFAULT))),
     }
 }
 
@@ -50,7 +54,11 @@ fn main() -> ExitCode {
             return ExitCode::from(WRONG_USE);
         }
     };
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .init();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {

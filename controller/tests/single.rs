@@ -1,5 +1,7 @@
 //! A controller of one member on a real store, driven over HTTP and WebSockets.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 mod common;
 
 use common::{Drone, Server, process, wait_until};

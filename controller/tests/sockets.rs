@@ -1,5 +1,7 @@
 //! The drone socket's rules: names, sessions, bad frames.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 mod common;
 
 use common::{Drone, Server, process};

@@ -1,5 +1,7 @@
 //! Three controllers: every one of them serves everything.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 mod common;
 
 use common::{Drone, Server, process, wait_until};

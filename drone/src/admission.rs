@@ -7,6 +7,8 @@
 //!    arrive late from a controller that lags behind; after that moment its deadline refuses it.
 //! 2. A spawn whose `soft_terminate_at` has passed, or whose deadlines cannot stem from a heartbeat of this process, is
 //!    not started.
+//! 3. Only a spawn of this process's time may be reported as ended: one of an earlier process may have been started by
+//!    it, and run on under a guard that has outlived it.
 
 use holdfast_wire::{Deadlines, LeaseConfig};
 use std::collections::{BTreeMap, BTreeSet};
@@ -23,7 +25,8 @@ pub enum Verdict {
     Repeated,
     /// Its time has run out: report that it was not started.
     TooLate,
-    /// Its deadlines are not of this process's time: report that it was not started.
+    /// Its deadlines are not of this process's time, or that cannot be told: start nothing and report nothing. An earlier
+    /// process's guard may run it; its key expires.
     NotOurTime,
     /// [`BACKENDS_MAX`] is reached: report that it was not started.
     Full,
@@ -56,19 +59,22 @@ impl Admission {
         if self.accepted.contains_key(backend) {
             return Verdict::Repeated;
         }
-        if now_ms >= deadlines.soft_terminate_at {
-            return Verdict::TooLate;
-        }
         let ordered = deadlines.renew_at < deadlines.soft_terminate_at
             && deadlines.soft_terminate_at < deadlines.hard_terminate_at;
         // An acquisition counts from the `local_time` of a heartbeat, which lies between the start and now. A spawn
         // that was meant for an earlier process, whose clock was ahead of ours, does not.
-        let derived = lease.is_none_or(|lease| {
+        let derived = lease.map(|lease| {
             let base = deadlines.hard_terminate_at.saturating_sub_unsigned(lease.hard_terminate_ms);
             (self.started_at..=now_ms).contains(&base)
         });
-        if !ordered || !derived {
-            return Verdict::NotOurTime;
+        let late = now_ms >= deadlines.soft_terminate_at;
+        match derived {
+            _ if !ordered => return Verdict::NotOurTime,
+            Some(false) => return Verdict::NotOurTime,
+            // Without the cluster's lease nobody can tell whose time a late one is of.
+            None if late => return Verdict::NotOurTime,
+            Some(true) if late => return Verdict::TooLate,
+            Some(true) | None => {}
         }
         if self.accepted.len() >= BACKENDS_MAX {
             return Verdict::Full;
@@ -134,6 +140,20 @@ mod tests {
             assert_eq!(admission.judge("ba", deadlines, Some(lease()), 6_000), Verdict::NotOurTime);
         }
         assert_eq!(admission.judge("ba", lease().deadlines(5_000), Some(lease()), 6_000), Verdict::Start);
+    }
+
+    #[test]
+    fn a_late_spawn_of_another_process_time_is_not_called_too_late() {
+        let mut admission = Admission::new(100_000);
+        let now = 200_000;
+        for (base, lease_known, verdict) in [
+            // An earlier process may have started it, and had its key renewed since.
+            (99_999, Some(lease()), Verdict::NotOurTime),
+            (100_000, Some(lease()), Verdict::TooLate),
+            (100_000, None, Verdict::NotOurTime),
+        ] {
+            assert_eq!(admission.judge("ba", lease().deadlines(base), lease_known, now), verdict, "{base}");
+        }
     }
 
     #[test]

@@ -16,6 +16,7 @@ use holdfast_wire::drone::{
     RenewKeysRequest, RenewKeysResponse,
 };
 use holdfast_wire::http::Executable;
+use holdfast_wire::lease::KILL_MS_MAX;
 use holdfast_wire::limits::RENEW_KEYS_MAX;
 use holdfast_wire::names::check_name;
 use holdfast_wire::{BackendState, BackendStatus, LeaseConfig, TerminationKind, TerminationReason};
@@ -286,14 +287,23 @@ impl Agent {
         Ok(())
     }
 
+    /// Time allowed for a kill to take effect, in milliseconds.
+    fn kill_ms(&self) -> u64 {
+        self.lease.map_or(KILL_MS_MAX, |lease| lease.kill_ms())
+    }
+
     fn renewed(&mut self, response: RenewKeysResponse) {
         let now = self.clock.now_ms();
+        let kill_ms = self.kill_ms();
         for key in response.keys {
             if let Some(deadlines) = key.deadlines {
                 match self.keeper.renewed(&key.backend, deadlines, now) {
                     Renewal::Extended => {
                         if let Some(backend) = self.backends.get(&key.backend) {
-                            backend.want.send_modify(|want| want.deadlines = deadlines);
+                            backend.want.send_modify(|want| {
+                                want.deadlines = deadlines;
+                                want.kill_ms = kill_ms;
+                            });
                         }
                     }
                     Renewal::Malformed => {
@@ -339,7 +349,8 @@ impl Agent {
         let now = self.clock.now_ms();
         let refuse = |agent: &mut Self, reason, problem: &str| {
             warn!(backend = id, "not started: {problem}");
-            if !agent.outbox.holds(id) {
+            // Never for a backend that is here: its end is reported when nothing of it is left, not before.
+            if !agent.outbox.holds(id) && !agent.backends.contains_key(id) {
                 let last_status = BackendStatus::Scheduled;
                 let state = BackendState::Terminated {
                     last_status,
@@ -350,13 +361,8 @@ impl Agent {
                 agent.outbox.push(id, state, now, Some(key.token));
             }
         };
-        if self.stopping.is_some() {
-            return refuse(self, TerminationReason::Swept, "this drone is stopping");
-        }
-        let executable = match check_name("backend_id", id).and_then(|()| Executable::parse(executable)) {
-            Ok(executable) => executable,
-            Err(e) => return refuse(self, TerminationReason::InternalError, &e.to_string()),
-        };
+        // First of all: what runs here already, or may run under an earlier process's guard, is not reported as ended for
+        // any other reason.
         match self.admission.judge(id, key.deadlines, self.lease, now) {
             Verdict::Start => {}
             Verdict::Repeated => return,
@@ -364,11 +370,25 @@ impl Agent {
                 return refuse(self, TerminationReason::KeyExpired, "its soft deadline has passed");
             }
             Verdict::NotOurTime => {
-                let problem = "its deadlines are not of this process's time";
-                return refuse(self, TerminationReason::KeyExpired, problem);
+                warn!(
+                    backend = id,
+                    "not started and not reported: its deadlines are not of this process's time; its key expires"
+                );
+                return;
             }
             Verdict::Full => return refuse(self, TerminationReason::InternalError, "too many backends"),
         }
+        if self.stopping.is_some() {
+            self.admission.finished(id);
+            return refuse(self, TerminationReason::Swept, "this drone is stopping");
+        }
+        let executable = match check_name("backend_id", id).and_then(|()| Executable::parse(executable)) {
+            Ok(executable) => executable,
+            Err(e) => {
+                self.admission.finished(id);
+                return refuse(self, TerminationReason::InternalError, &e.to_string());
+            }
+        };
         let address = match self.ports.take() {
             Ok(address) => address,
             Err(e) => {
@@ -378,7 +398,12 @@ impl Agent {
         };
         info!(backend = id, key = key.key.name, token = key.token, %address, "starting");
         self.keeper.acquired(id, key.token, key.deadlines);
-        let first = Want { deadlines: key.deadlines, end: None, kill_at: key.deadlines.hard_terminate_at };
+        let first = Want {
+            deadlines: key.deadlines,
+            end: None,
+            kill_at: key.deadlines.hard_terminate_at,
+            kill_ms: self.kill_ms(),
+        };
         let (want, wants) = watch::channel(first);
         let mut life = Life::new(address);
         let effects = life.begin();

@@ -8,7 +8,8 @@
 //! ```
 //!
 //! Bounded: directories of finished backends are removed, oldest first, beyond [`FINISHED_MAX`]; a log is emptied when
-//! it exceeds [`LOG_BYTES_MAX`].
+//! it exceeds [`LOG_BYTES_MAX`]. A guard holds a shared lock on its `guard.log` as long as it or anything of its namespace
+//! lives (it inherits the locked file): a directory whose guard has outlived its drone is not removed.
 
 use nix::fcntl::{Flock, FlockArg};
 use std::collections::HashSet;
@@ -21,6 +22,8 @@ use std::time::SystemTime;
 pub const FINISHED_MAX: usize = 1_000;
 /// Largest log of a backend, in bytes.
 pub const LOG_BYTES_MAX: u64 = 64 * 1024 * 1024;
+/// Name of a guard's log.
+const GUARD_LOG: &str = "guard.log";
 /// Longest cluster id, in bytes.
 const CLUSTER_ID_BYTES_MAX: u64 = 1_024;
 
@@ -120,7 +123,7 @@ pub struct BackendPaths {
 impl BackendsDir {
     fn paths(&self, backend: &str) -> BackendPaths {
         let dir = self.path.join(backend);
-        BackendPaths { output_log: dir.join("output.log"), guard_log: dir.join("guard.log"), dir }
+        BackendPaths { output_log: dir.join("output.log"), guard_log: dir.join(GUARD_LOG), dir }
     }
 
     /// Makes a backend's directory. The name must have been checked.
@@ -130,7 +133,14 @@ impl BackendsDir {
         Ok(paths)
     }
 
-    /// Enforces the bounds. `running` are not removed.
+    /// Opens a guard's log for appending, locked as long as anybody has it open.
+    pub fn open_guard_log(paths: &BackendPaths) -> io::Result<File> {
+        let log = OpenOptions::new().create(true).append(true).open(&paths.guard_log)?;
+        log.lock_shared()?;
+        Ok(log)
+    }
+
+    /// Enforces the bounds. `running`, and what an earlier drone's guard still runs, are not removed.
     pub fn tidy(&self, running: &HashSet<String>) -> io::Result<()> {
         let mut finished: Vec<(SystemTime, PathBuf)> = Vec::new();
         for entry in fs::read_dir(&self.path)? {
@@ -148,10 +158,19 @@ impl BackendsDir {
         }
         finished.sort();
         let surplus = finished.len().saturating_sub(FINISHED_MAX);
-        for (_, dir) in finished.into_iter().take(surplus) {
+        let guardless = finished.into_iter().filter(|(_, dir)| !has_guard(&dir.join(GUARD_LOG)));
+        for (_, dir) in guardless.take(surplus) {
             fs::remove_dir_all(dir)?;
         }
         Ok(())
+    }
+}
+
+/// Whether a guard holds this log; if that cannot be told, it does.
+fn has_guard(guard_log: &Path) -> bool {
+    match File::open(guard_log) {
+        Ok(log) => log.try_lock().is_err(),
+        Err(e) => e.kind() != io::ErrorKind::NotFound,
     }
 }
 
@@ -199,7 +218,17 @@ mod tests {
         let log = backends.create("running").unwrap().output_log;
         File::create(&log).unwrap().set_len(LOG_BYTES_MAX + 1).unwrap();
         let running = HashSet::from(["running".to_owned(), "ba-0".to_owned()]);
+        // The guard of an earlier drone still runs; another one has ended.
+        let guarded = BackendsDir::open_guard_log(&backends.create("ba-1").unwrap()).unwrap();
+        drop(BackendsDir::open_guard_log(&backends.create("ba-2").unwrap()).unwrap());
+        for (name, age) in [("ba-1", 7_000), ("ba-2", 6_000), ("ba-3", 5_000)] {
+            let old = SystemTime::now() - std::time::Duration::from_secs(age);
+            File::open(dir.path().join("backends").join(name)).unwrap().set_modified(old).unwrap();
+        }
         backends.tidy(&running).unwrap();
+        assert!(dir.path().join("backends/ba-1").exists());
+        assert!(!dir.path().join("backends/ba-2").exists() && !dir.path().join("backends/ba-3").exists());
+        drop(guarded);
         assert_eq!(fs::metadata(log).unwrap().len(), 0);
         assert!(dir.path().join("backends/ba-0").exists());
         assert_eq!(fs::read_dir(dir.path().join("backends")).unwrap().count(), FINISHED_MAX + 2);

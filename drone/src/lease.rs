@@ -69,7 +69,7 @@ pub enum Duty {
 pub enum Renewal {
     /// The new deadlines stand.
     Extended,
-    /// Not later than what is known: a late or repeated answer.
+    /// A late or repeated answer, which does not count.
     NotLater,
     /// The backend is unknown here, ending, or past `soft_terminate_at`.
     TooLate,
@@ -94,6 +94,8 @@ struct Lease {
     ask_at: i64,
     /// First and last `local_time` sent since the deadlines last changed.
     asked: Option<(i64, i64)>,
+    /// The same of the deadlines before, whose first answer has counted: the answers to its repetitions may follow.
+    answered: Option<(i64, i64)>,
     wake_at: Option<i64>,
 }
 
@@ -139,6 +141,7 @@ impl LeaseKeeper {
             phase: Phase::Held,
             ask_at: deadlines.renew_at,
             asked: None,
+            answered: None,
             wake_at: None,
         };
         self.leases.insert(backend.to_owned(), lease);
@@ -163,15 +166,17 @@ impl LeaseKeeper {
         {
             return Renewal::NotLater;
         }
-        let derived = lease.asked.is_some_and(|(first, last)| {
+        let derived_from = |(first, last): (i64, i64)| {
             renew_at > first && hard_terminate_at <= last.saturating_add_unsigned(EXPIRY_MS_MAX)
-        });
-        if !derived {
-            return Renewal::Malformed;
+        };
+        if !lease.asked.is_some_and(derived_from) {
+            // A repeated request was answered twice. The first answer has counted; the next request is as good.
+            let repeated = lease.answered.is_some_and(derived_from);
+            return if repeated { Renewal::NotLater } else { Renewal::Malformed };
         }
         lease.deadlines = deadlines;
         lease.ask_at = renew_at;
-        lease.asked = None;
+        lease.answered = lease.asked.take();
         self.index(backend);
         Renewal::Extended
     }

@@ -80,6 +80,17 @@ const SENTENCES: &[(&str, &[Do])] = &[
         ],
     ),
     (
+        "the answers to a request and to its repetition: the first one counts",
+        &[
+            At(30_000, "r"),
+            At(32_000, "r"),
+            Renewed(32_100, 30_000, Renewal::Extended),
+            Renewed(32_200, 32_000, Renewal::NotLater),
+            At(59_999, ""),
+            At(60_000, "r"),
+        ],
+    ),
+    (
         "an answer nobody asked for does not count",
         &[Renewed(10_000, 5_000, Renewal::Malformed), At(40_000, "s")],
     ),

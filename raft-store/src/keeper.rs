@@ -59,6 +59,8 @@ async fn look(inner: &Arc<Inner>, last_applied: &mut (u64, u64)) -> Result<(), S
         inner.formed.store(true, Ordering::Release);
     }
     let applied = inner.applied.borrow().index;
+    let may_vote = inner.directory.rejoin.may_vote(applied).map_err(|e| StateError::Read(e.to_string()))?;
+    inner.raft.runtime_config().elect(may_vote);
     if applied != last_applied.0 {
         *last_applied = (applied, boot_ms());
     }

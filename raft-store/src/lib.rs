@@ -39,6 +39,7 @@ mod codec;
 mod files;
 mod keeper;
 mod log_store;
+mod rejoin;
 mod snapshots;
 pub mod state_db;
 mod state_machine;

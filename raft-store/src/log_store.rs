@@ -12,6 +12,7 @@
 use crate::codec::{WireLogId, WireVote, decode_entry, encode_entry};
 use crate::types::{LogEntry, LogId, Stamper, TypeConfig, Vote};
 use bytes::Bytes;
+use futures::{Stream, TryStreamExt};
 use holdfast_core::codec::{decode, encode};
 use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use openraft::{OptionalSend, entry::RaftEntry};
@@ -149,12 +150,11 @@ fn index_key(index: u64) -> [u8; 8] {
 }
 
 /// Options that both databases of a replica share.
-pub(crate) fn db_options() -> Options {
+pub(crate) fn db_options(recovery: rocksdb::DBRecoveryMode) -> Options {
     let mut options = Options::default();
     options.create_if_missing(true);
     options.create_missing_column_families(true);
-    // A torn tail is what an unsynced write looks like after power loss; anything else that is damaged must stop us.
-    options.set_wal_recovery_mode(rocksdb::DBRecoveryMode::TolerateCorruptedTailRecords);
+    options.set_wal_recovery_mode(recovery);
     options.set_track_and_verify_wals_in_manifest(true);
     options.set_paranoid_checks(true);
     options.set_keep_log_file_num(4);
@@ -170,7 +170,8 @@ impl LogStore {
         stamper: Arc<Stamper>,
         before_purge: BeforePurge,
     ) -> io::Result<Result<Self, u64>> {
-        let mut options = db_options();
+        // A torn tail is what an unsynced write looks like after power loss; anything else that is damaged must stop us.
+        let mut options = db_options(rocksdb::DBRecoveryMode::TolerateCorruptedTailRecords);
         options.set_write_buffer_size(64 << 20);
         options.set_max_total_wal_size(256 << 20);
         let cfs = [CF_LOG, CF_META].map(|name| {
@@ -462,7 +463,31 @@ impl RaftLogReader<TypeConfig> for LogStore {
     }
 
     async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> io::Result<Vec<LogEntry>> {
-        self.read(start, end, READ_ENTRIES_MAX, READ_BYTES_MAX)
+        let entries = self.read(start, end, READ_ENTRIES_MAX, READ_BYTES_MAX)?;
+        // Never a gap: what was purged meanwhile is for a snapshot to bring.
+        Ok(if entries.first().is_some_and(|first| first.log_id.index == start) {
+            entries
+        } else {
+            Vec::new()
+        })
+    }
+
+    /// In pieces, so that applying a long committed range after a restart needs bounded memory.
+    async fn entries_stream<RB: RangeBounds<u64> + Clone + Debug + OptionalSend>(
+        &mut self,
+        range: RB,
+    ) -> impl Stream<Item = io::Result<LogEntry>> + OptionalSend {
+        let (start, end) = bounds(&range);
+        let pieces = futures::stream::try_unfold((self.clone(), start), move |(log, at)| async move {
+            if at >= end {
+                return Ok::<_, io::Error>(None);
+            }
+            let piece = log.read(at, end, READ_ENTRIES_MAX, READ_BYTES_MAX)?;
+            let Some(last) = piece.last() else { return Ok(None) };
+            let next = last.log_id.index + 1;
+            Ok(Some((futures::stream::iter(piece.into_iter().map(Ok::<_, io::Error>)), (log, next))))
+        });
+        Box::pin(pieces.try_flatten())
     }
 }
 
@@ -580,6 +605,11 @@ impl RaftLogStorage<TypeConfig> for LogStore {
                 tail.first = tail.first.max(log_id.index + 1);
             }
             tail.last = tail.last.max(Some(log_id));
+            if tail.last == tail.purged {
+                // Nothing is left; the stamp of an entry that was never committed must not outlive it. What a snapshot
+                // brought counts through the state's cluster time.
+                self.shared.stamper.last_in_log_ms.store(0, Ordering::Release);
+            }
         }
         let (done, purged) = oneshot::channel();
         self.send(Op::Purge { upto: log_id, done })?;

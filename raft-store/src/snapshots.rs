@@ -93,6 +93,7 @@ impl Snapshots {
         if let Some((held, dir)) = current.as_ref()
             && held.last_log_id >= meta.last_log_id
         {
+            assert!(dir.path != aside, "a published snapshot is not published again");
             remove_dir_if_there(aside)?;
             return Ok(dir.clone());
         }
@@ -109,6 +110,16 @@ impl Snapshots {
 
     /// Makes a snapshot that arrived from elsewhere ours.
     pub fn adopt(&self, arrived: &SnapshotDir, meta: &SnapshotMeta) -> io::Result<Arc<SnapshotDir>> {
+        // At a start openraft hands back our own newest snapshot, when the state is older than it.
+        if let Some((held, dir)) = self.current()
+            && dir.path == arrived.path
+        {
+            return if held == *meta {
+                Ok(dir)
+            } else {
+                Err(io::Error::other("the snapshot is not what it was"))
+            };
+        }
         if arrived.path.parent() == Some(self.root.as_path()) {
             return self.publish(&arrived.path, meta);
         }

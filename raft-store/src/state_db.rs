@@ -18,7 +18,7 @@ use rocksdb::checkpoint::Checkpoint;
 use rocksdb::{ColumnFamilyDescriptor, DB, Direction, IteratorMode, Options, ReadOptions, WriteBatch};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 const POINTER: &str = "CURRENT-STATE";
 const KEY_APPLIED: &[u8] = b"applied";
@@ -43,6 +43,8 @@ struct OpenDb {
 pub struct StateHandle {
     current: Arc<RwLock<Arc<OpenDb>>>,
     root: Arc<PathBuf>,
+    /// Held while the state is copied or replaced: a copy must not lose the files it is linking.
+    copying: Arc<Mutex<()>>,
 }
 
 fn table_options() -> Options {
@@ -52,7 +54,9 @@ fn table_options() -> Options {
 }
 
 fn open_db(dir: &Path) -> io::Result<DB> {
-    let mut options = db_options();
+    // The WAL of this database is not synced, so after power loss it may end early, or lack an end while its successor
+    // has one. Recover the prefix without a hole; the Raft log brings the rest again.
+    let mut options = db_options(rocksdb::DBRecoveryMode::PointInTime);
     // A batch touches several tables: they must reach the disk together even when memtables are flushed.
     options.set_atomic_flush(true);
     options.set_max_total_wal_size(128 << 20);
@@ -87,7 +91,7 @@ impl StateHandle {
         let dir = root.join(format!("db-{number}"));
         let db = open_db(&dir)?;
         let current = Arc::new(RwLock::new(Arc::new(OpenDb { db, dir, number })));
-        Ok(Self { current, root: Arc::new(root.to_owned()) })
+        Ok(Self { current, root: Arc::new(root.to_owned()), copying: Arc::default() })
     }
 
     fn current(&self) -> Arc<OpenDb> {
@@ -140,6 +144,7 @@ impl StateHandle {
     /// Copies one instant of the state to `dir` (which must not exist) and returns what it holds, read from the copy.
     pub fn checkpoint(&self, dir: &Path) -> io::Result<SnapshotMeta> {
         {
+            let _copying = self.copying.lock().unwrap_or_else(PoisonError::into_inner);
             let current = self.current();
             Checkpoint::new(&current.db).map_err(io_error)?.create_checkpoint(dir).map_err(io_error)?;
         }
@@ -148,6 +153,7 @@ impl StateHandle {
 
     /// Replaces the whole state by the database in `source`, which stays as it is: builds aside, syncs, swaps.
     pub fn replace(&self, source: &Path) -> io::Result<()> {
+        let _copying = self.copying.lock().unwrap_or_else(PoisonError::into_inner);
         let old = self.current();
         let number = old.number + 1;
         let dir = self.root.join(format!("db-{number}"));
@@ -159,8 +165,12 @@ impl StateHandle {
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(OpenDb { db, dir, number });
         let old_dir = old.dir.clone();
         drop(old);
-        // A reader may still hold the old database; its open files stay readable after their names are gone.
-        remove_dir_if_there(&old_dir)
+        // A reader may still hold the old database; its open files stay readable after their names are gone. What can't
+        // be removed now is removed at the next start.
+        if let Err(error) = remove_dir_if_there(&old_dir) {
+            tracing::warn!(%error, dir = %old_dir.display(), "the replaced state can't be removed yet");
+        }
+        Ok(())
     }
 }
 

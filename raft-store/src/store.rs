@@ -6,6 +6,7 @@ use crate::api::{
 };
 use crate::keeper;
 use crate::log_store::LogStore;
+use crate::rejoin::Rejoin;
 use crate::snapshots::Snapshots;
 use crate::state_db::StateHandle;
 use crate::state_machine::{AppliedTo, StateMachine};
@@ -112,6 +113,8 @@ fn raft_config(config: &StoreConfig) -> Result<Config, OpenError> {
         enable_pre_vote: Some(true),
         // A restarted leader must not go on in its old term: its clock's reign is over.
         enable_leader_restore: Some(false),
+        // A member that lost its disk comes back empty (see `rejoin`): the leader then starts over with it.
+        allow_log_reversion: Some(true),
         backoff: "50ms".into(),
         ..Config::default()
     };
@@ -154,6 +157,19 @@ impl Store {
         {
             return Err(OpenError::OtherLease { given, formed: cluster.lease });
         }
+        let pristine = log.is_pristine();
+        let (applied_at, _) =
+            state.applied().map_err(|e| storage("reading the state", &state_dir)(e.to_string()))?;
+        if pristine && applied_at.is_some() {
+            return Err(storage("opening the log", &log_dir)(
+                "it is empty, but the state is not: this member has lost its log and its vote; give it an empty \
+                 data directory"
+                    .to_owned(),
+            ));
+        }
+        let rejoin = Arc::new(
+            Rejoin::open(&dir).map_err(|e| storage("reading the data directory", &dir)(e.to_string()))?,
+        );
         let listener = TcpListener::bind(config.peer_listen)
             .await
             .map_err(|error| OpenError::Listen { addr: config.peer_listen, error })?;
@@ -164,7 +180,7 @@ impl Store {
         let machine =
             StateMachine::new(state.clone(), snapshots.clone(), stamper.clone(), applied, effects.clone())
                 .map_err(|e| storage("reading the state", &state_dir)(e.to_string()))?;
-        let directory = Arc::new(Directory::new(config.id, config.advertise_url.clone()));
+        let directory = Arc::new(Directory::new(config.id, config.advertise_url.clone(), rejoin));
         if let Some(cluster) = &cluster {
             directory.set_cluster_id(cluster.cluster_id.clone());
         }
@@ -172,7 +188,6 @@ impl Store {
             directory: directory.clone(),
             append_timeout: Duration::from_millis((config.election_timeout_ms * 4).max(1000)),
         };
-        let pristine = log.is_pristine();
         let raft = Raft::new(config.id, raft_config, network, log.clone(), machine)
             .await
             .map_err(|e| storage("starting the replica", &dir)(e.to_string()))?;

@@ -41,6 +41,7 @@ use holdfast_wire::limits::BODY_BYTES_MAX;
 use holdfast_wire::names::{check_cluster, check_name_or_empty};
 use std::time::Duration;
 use tokio::sync::mpsc;
+use tracing::Instrument;
 
 /// Messages on the way to a drone. Each session has its own queue.
 const OUT_QUEUE_MAX: usize = 1024;
@@ -98,8 +99,9 @@ pub async fn open(
     let size = BODY_BYTES_MAX + OVERSIZE_ROOM_BYTES;
     Ok(upgrade.max_message_size(size).max_frame_size(size).on_upgrade(move |socket| async move {
         // Counted, so that the process does not end before the drone was told to go elsewhere.
+        let span = tracing::info_span!("drone", cluster, name = tracing::field::Empty);
         let session = app.tasks.track_future(serve(app.clone(), cluster, pool, socket));
-        session.await;
+        session.instrument(span).await;
         drop(place);
     }))
 }

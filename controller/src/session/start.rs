@@ -102,7 +102,7 @@ pub async fn start(
         }
         () = app.stopping.cancelled() => return Err(elsewhere("this controller is stopping")),
     };
-    let name = handshake.name.clone();
+    tracing::Span::current().record("name", &handshake.name);
     let session = ids::session();
     // Entered before it is registered, so that nobody takes it for dead in between.
     let place = app.sessions.enter(&session);
@@ -124,7 +124,7 @@ pub async fn start(
     };
     let text = serde_json::to_string(&answer).map_err(elsewhere)?;
     out.try_send(Message::Text(text.into())).map_err(|_| End::Gone)?;
-    tracing::info!(drone = %name, drone_id, session, "drone session started");
+    tracing::info!(drone_id, session, "drone session started");
     Ok(Session::new(app.clone(), out.clone(), drone_id, session, place, watch))
 }
 
@@ -145,7 +145,8 @@ async fn register(
     })?;
     let old = found.map(|(_, drone)| drone);
     let take_over = match earlier(old.as_ref(), &incarnation, app.settings.store.id) {
-        Earlier::Own => true,
+        // Of a new name nobody is known to be dead.
+        Earlier::Own => old.is_some(),
         Earlier::Elsewhere => false,
         Earlier::Here => match &old {
             Some(old) => !app.sessions.answers(&old.session).await,

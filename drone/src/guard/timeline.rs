@@ -96,6 +96,11 @@ impl Timeline {
         self.phase == Phase::Running && now < self.soft_at && now < self.hard_at
     }
 
+    /// The latest moment at which anything may be alive, as far as is known by now.
+    pub fn hard_at(&self) -> i64 {
+        self.hard_at
+    }
+
     /// From when on it may not, whatever comes.
     pub fn start_before(&self) -> i64 {
         self.soft_at.min(self.hard_at)

@@ -1,6 +1,8 @@
 //! What can run a backend. One trait; the process runtime now, containers later.
 
+mod leftovers;
 pub mod process;
+mod watcher;
 
 use crate::life::Fact;
 use futures::future::BoxFuture;
@@ -54,6 +56,8 @@ pub struct Want {
     pub end: Option<TerminationKind>,
     /// When the grace of a soft end is over, in drone time; never later than the hard deadline.
     pub kill_at: i64,
+    /// Time allowed for a kill to take effect, in milliseconds: the lease's, counted from the hard deadline.
+    pub kill_ms: u64,
 }
 
 /// A way to run backends.

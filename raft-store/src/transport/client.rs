@@ -17,6 +17,9 @@ use tokio_util::sync::CancellationToken;
 /// Requests waiting to be written to one connection.
 const WRITE_QUEUE_MAX: usize = 1024;
 
+/// Silence after which a connection with a request that was given up is closed, in milliseconds.
+const SILENCE_MS_MAX: u64 = 1_500;
+
 /// A request without an answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RpcError {
@@ -48,7 +51,8 @@ pub async fn connect(directory: &Directory, target: u64, addr: &str, mode: Mode)
             .ok_or_else(|| format!("{addr} closed the connection"))?
             .map_err(|e| format!("greeting {addr}: {e}"))?;
         match decode::<HelloReply>(&reply).map_err(|e| format!("{addr}: {e}"))? {
-            HelloReply::Welcome { url } => {
+            HelloReply::Welcome { url, cluster_id } => {
+                directory.compare_cluster(cluster_id.as_deref())?;
                 directory.learn(target, &url);
                 Ok(frames)
             }
@@ -114,12 +118,7 @@ impl RpcClient {
         match tokio::time::timeout_at(began + timeout, exchange).await {
             Ok(result) => result,
             Err(_) => {
-                // Nothing at all arrived meanwhile: the connection may be dead without saying so. Start anew.
-                let silent_ms = since_ms(live.heard_boot_ms.load(Ordering::Relaxed));
-                if u128::from(silent_ms) >= timeout.as_millis() {
-                    live.closed.store(true, Ordering::Release);
-                    live.cancel.cancel();
-                }
+                live.close_if_silent();
                 Err(RpcError::NoAnswer(format!("nothing came within {} ms", timeout.as_millis())))
             }
         }
@@ -140,7 +139,18 @@ impl RpcClient {
     }
 }
 
-/// Takes a request off the books when its caller is gone.
+impl Live {
+    /// A connection on which nothing at all has arrived for long while something was asked may be dead without saying
+    /// so: the next request makes a new one.
+    fn close_if_silent(&self) {
+        if since_ms(self.heard_boot_ms.load(Ordering::Relaxed)) >= SILENCE_MS_MAX {
+            self.closed.store(true, Ordering::Release);
+            self.cancel.cancel();
+        }
+    }
+}
+
+/// Takes a request off the books when its caller is gone, be it answered or given up.
 struct Forget<'a> {
     live: &'a Live,
     id: u64,
@@ -148,7 +158,11 @@ struct Forget<'a> {
 
 impl Drop for Forget<'_> {
     fn drop(&mut self) {
-        self.live.pending.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id);
+        let given_up =
+            self.live.pending.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id).is_some();
+        if given_up {
+            self.live.close_if_silent();
+        }
     }
 }
 

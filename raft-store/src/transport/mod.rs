@@ -14,8 +14,10 @@ pub mod server;
 pub mod wire;
 
 use crate::boot_clock::boot_ms;
+use crate::rejoin::Rejoin;
 use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::sync::watch;
@@ -32,6 +34,9 @@ pub const SNAPSHOT_STALL: Duration = Duration::from_secs(20);
 /// AppendEntries under way on one append connection.
 pub const APPENDS_IN_FLIGHT_MAX: usize = 64;
 
+/// Peers whose URLs are remembered.
+pub const PEERS_KNOWN_MAX: usize = 1024;
+
 /// A framed connection.
 pub type Frames = Framed<TcpStream, LengthDelimitedCodec>;
 
@@ -39,10 +44,36 @@ pub type Frames = Framed<TcpStream, LengthDelimitedCodec>;
 pub fn frames(stream: TcpStream) -> Frames {
     // Small messages wait for nobody; a failure to set it costs speed only.
     let _ = stream.set_nodelay(true);
+    keep_alive(&stream);
     Framed::new(
         stream,
         LengthDelimitedCodec::builder().little_endian().max_frame_length(FRAME_BYTES_MAX).new_codec(),
     )
+}
+
+/// A peer that vanished without a word must not hold a place for ever: probe idle connections, and give up on data that
+/// nobody acknowledges.
+fn keep_alive(stream: &TcpStream) {
+    let set = |level: libc::c_int, name: libc::c_int, value: libc::c_int| {
+        // SAFETY: the descriptor is open, and the option's value is a c_int that outlives the call.
+        let code = unsafe {
+            libc::setsockopt(
+                stream.as_raw_fd(),
+                level,
+                name,
+                (&raw const value).cast(),
+                size_of::<libc::c_int>() as libc::socklen_t,
+            )
+        };
+        if code != 0 {
+            tracing::debug!(name, "a socket option can't be set; a vanished peer is noticed later");
+        }
+    };
+    set(libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1);
+    set(libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, 10);
+    set(libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, 3);
+    set(libc::IPPROTO_TCP, libc::TCP_KEEPCNT, 3);
+    set(libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, 15_000);
 }
 
 /// What this node tells its peers and learns from them.
@@ -53,21 +84,37 @@ pub struct Directory {
     pub url: String,
     /// The cluster's id, once formed here.
     pub cluster_id: Mutex<Option<String>>,
+    /// Told of formed peers while this member is not formed.
+    pub rejoin: Arc<Rejoin>,
     urls: Mutex<BTreeMap<u64, String>>,
     changed: watch::Sender<u64>,
 }
 
 impl Directory {
     /// A directory that knows this member only.
-    pub fn new(id: u64, url: String) -> Self {
+    pub fn new(id: u64, url: String, rejoin: Arc<Rejoin>) -> Self {
         let urls = Mutex::new(BTreeMap::from([(id, url.clone())]));
-        Self { id, url, cluster_id: Mutex::new(None), urls, changed: watch::Sender::new(0) }
+        Self { id, url, cluster_id: Mutex::new(None), rejoin, urls, changed: watch::Sender::new(0) }
+    }
+
+    /// A peer said which cluster it belongs to. An error refuses the peer.
+    pub fn compare_cluster(&self, theirs: Option<&str>) -> Result<(), String> {
+        match (self.cluster_id(), theirs) {
+            (Some(ours), Some(theirs)) if ours != theirs => {
+                Err(format!("this member belongs to cluster {ours}, not {theirs}"))
+            }
+            (None, Some(_)) => {
+                self.rejoin.met_formed_peer().map_err(|e| format!("marking a rejoin failed: {e}"))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// A peer said where its HTTP API is.
     pub fn learn(&self, id: u64, url: &str) {
         let mut urls = self.urls.lock().unwrap_or_else(PoisonError::into_inner);
-        if urls.get(&id).map(String::as_str) != Some(url) {
+        let room = urls.len() < PEERS_KNOWN_MAX || urls.contains_key(&id);
+        if room && urls.get(&id).map(String::as_str) != Some(url) {
             urls.insert(id, url.to_owned());
             self.changed.send_modify(|n| *n += 1);
         }

@@ -2,7 +2,7 @@
 
 use super::wire::{
     Append, Hello, HelloReply, Mode, PROTOCOL, ProposeRefusal, ProposedReply, ReadIndexReply, Reply, Request,
-    SnapshotHeader, SnapshotReply, StreamReply,
+    SnapshotHeader, SnapshotReply, StreamReply, VoteReply,
 };
 use super::{APPENDS_IN_FLIGHT_MAX, CONNECT_TIMEOUT, Directory, Frames, SNAPSHOT_STALL, frames};
 use crate::files::{remove_dir_if_there, sync_dir};
@@ -13,6 +13,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use futures::{SinkExt, StreamExt};
 use holdfast_core::codec::{decode, encode};
 use holdfast_core::command::Proposal;
+use openraft::async_runtime::watch::WatchReceiver;
 use openraft::raft::TransferLeaderRequest;
 use openraft::storage::Snapshot;
 use std::future::Future;
@@ -32,6 +33,9 @@ type Raft = openraft::Raft<TypeConfig, StateMachine>;
 const CONNECTIONS_MAX: usize = 256;
 /// Requests under way on one rpc connection.
 const REQUESTS_IN_FLIGHT_MAX: usize = 4096;
+
+/// Files of one snapshot.
+const SNAPSHOT_FILES_MAX: usize = 100_000;
 
 /// What the server asks of the replica beyond Raft itself.
 pub trait Forwarded: Send + Sync + 'static {
@@ -110,7 +114,8 @@ impl<F: Forwarded> PeerServer<F> {
             return Err(io::Error::other(why));
         }
         self.directory.learn(hello.from, &hello.url);
-        let welcome = HelloReply::Welcome { url: self.directory.url.clone() };
+        let welcome =
+            HelloReply::Welcome { url: self.directory.url.clone(), cluster_id: self.directory.cluster_id() };
         frames.send(Bytes::from(encode(&welcome))).await?;
         match hello.mode {
             Mode::Rpc => self.serve_rpc(frames).await,
@@ -126,11 +131,20 @@ impl<F: Forwarded> PeerServer<F> {
         if hello.to != self.directory.id {
             return Err(format!("this is member {}, not {}", self.directory.id, hello.to));
         }
-        match (self.directory.cluster_id(), &hello.cluster_id) {
-            (Some(ours), Some(theirs)) if ours != *theirs => {
-                Err(format!("this member belongs to cluster {ours}, not {theirs}"))
+        self.directory.compare_cluster(hello.cluster_id.as_deref())
+    }
+
+    /// The answer to a (pre-)vote of a member that must not vote yet.
+    fn banned(&self) -> Option<Reply> {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let applied = metrics.last_applied.map_or(0, |id| id.index);
+        match self.directory.rejoin.may_vote(applied) {
+            Ok(true) => None,
+            Ok(false) => {
+                Some(Reply::Vote(VoteReply { vote: metrics.vote.into(), granted: false, last_log_id: None }))
             }
-            _ => Ok(()),
+            Err(error) => Some(Reply::Failed(error.to_string())),
         }
     }
 
@@ -176,8 +190,14 @@ impl<F: Forwarded> PeerServer<F> {
     }
 
     async fn handle(&self, request: Request) -> Reply {
+        if matches!(request, Request::Vote(_) | Request::PreVote(_))
+            && let Some(refusal) = self.banned()
+        {
+            return refusal;
+        }
         match request {
             Request::Append(append) => {
+                self.directory.rejoin.heard_leader(append.commit.map(|at| at.index));
                 let request = match append.into_request() {
                     Ok(request) => request,
                     Err(error) => return Reply::Failed(error.to_string()),
@@ -227,6 +247,7 @@ impl<F: Forwarded> PeerServer<F> {
         let reader = async {
             while let Some(frame) = stream.next().await {
                 let append: Append = decode(&frame?).map_err(io::Error::other)?;
+                self.directory.rejoin.heard_leader(append.commit.map(|at| at.index));
                 let request = append.into_request().map_err(io::Error::other)?;
                 if requests.send(request).await.is_err() {
                     break;
@@ -245,9 +266,13 @@ impl<F: Forwarded> PeerServer<F> {
             }
             Ok::<(), io::Error>(())
         };
-        // When the peer has sent its last request, the answers to what is under way still go out.
-        let (read, written) = futures::join!(reader, writer);
-        read.and(written)
+        // When the peer has sent its last request, the answers to what is under way still go out; when there are no more
+        // answers (the leader changed), nobody needs its requests.
+        let (mut reader, mut writer) = (std::pin::pin!(reader), std::pin::pin!(writer));
+        tokio::select! {
+            read = &mut reader => read.and(writer.await),
+            written = &mut writer => written,
+        }
     }
 
     async fn serve_snapshot(&self, mut frames: Frames) -> io::Result<()> {
@@ -267,6 +292,9 @@ impl<F: Forwarded> PeerServer<F> {
     async fn receive_snapshot(&self, frames: &mut Frames, aside: &Path) -> io::Result<SnapshotReply> {
         let header: SnapshotHeader = decode(&next_frame(frames).await?).map_err(io::Error::other)?;
         let meta = SnapshotMeta::try_from(header.meta).map_err(io::Error::other)?;
+        if header.files.len() > SNAPSHOT_FILES_MAX {
+            return Err(io::Error::other(format!("a snapshot of {} files", header.files.len())));
+        }
         tokio::fs::create_dir_all(aside).await?;
         for (name, size) in header.files {
             if !is_plain_file_name(&name) {
@@ -290,9 +318,14 @@ impl<F: Forwarded> PeerServer<F> {
             file.flush().await?;
             file.sync_all().await?;
         }
-        sync_dir(aside)?;
         // What it holds must be what was announced, or the log would go on at the wrong place.
-        let held = crate::state_db::read_meta(aside)?;
+        let dir = aside.to_owned();
+        let held = tokio::task::spawn_blocking(move || {
+            sync_dir(&dir)?;
+            crate::state_db::read_meta(&dir)
+        })
+        .await
+        .map_err(io::Error::other)??;
         if held != meta {
             return Err(io::Error::other("a snapshot's data and description differ"));
         }

@@ -37,7 +37,7 @@ pub struct Hello {
 /// First frame of the one connected to.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub enum HelloReply {
-    Welcome { url: String },
+    Welcome { url: String, cluster_id: Option<String> },
     Refused(String),
 }
 
@@ -159,6 +159,10 @@ impl Append {
     }
 
     pub fn into_request(self) -> Result<AppendEntriesRequest<TypeConfig>, StateError> {
+        let first = self.prev.map_or(0, |prev| prev.index + 1);
+        if !self.entries.iter().map(|(index, _)| *index).eq(first..first + self.entries.len() as u64) {
+            return Err(StateError::Damaged("an append has entries that do not follow each other".into()));
+        }
         Ok(AppendEntriesRequest {
             vote: self.vote.into(),
             prev_log_id: self.prev.map(Into::into),

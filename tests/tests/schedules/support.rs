@@ -16,8 +16,7 @@ pub const SOON: Duration = Duration::from_secs(5);
 /// Longer than the time after which unacknowledged actions are sent again: what has not come by then does not come.
 pub const NOT_COMING: Duration = Duration::from_millis(3_500);
 /// Where simulated backends say they answer.
-pub const ADDRESS: SocketAddr =
-    SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 9);
+pub const ADDRESS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 9);
 
 /// A request that lets any drone of the cluster be chosen. Nothing is run by simulated drones.
 pub fn request(cluster: &Cluster, key: &str) -> ConnectRequest {

@@ -1,0 +1,99 @@
+//! A member that lost its disk must not vote as if it had not.
+//!
+//! It has forgotten what it acknowledged: its vote could elect a leader without an entry that a client was told is
+//! durable. So a member that is not formed itself and meets a peer that is refuses to vote and to stand for election,
+//! until it has applied what the first leader that it then hears of had committed. That covers everything it can have
+//! acknowledged before. The mark is a file, so that a crash on the way does not lift the ban.
+
+use crate::files::{sync_dir, write_durably};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// Nothing was lost.
+    Member,
+    /// No leader was heard of yet.
+    Waiting,
+    /// May vote once this log index is applied.
+    Until(u64),
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Rejoin {
+    mark: PathBuf,
+    state: Mutex<State>,
+}
+
+impl Rejoin {
+    /// Finds out whether the ban of an earlier start stands.
+    pub fn open(data_dir: &Path) -> io::Result<Self> {
+        let mark = data_dir.join("REJOINING");
+        let state = if mark.try_exists()? { State::Waiting } else { State::Member };
+        Ok(Self { mark, state: Mutex::new(state) })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A peer is formed and this member is not.
+    pub fn met_formed_peer(&self) -> io::Result<()> {
+        let mut state = self.state();
+        if *state == State::Member {
+            write_durably(&self.mark, b"this member waits until it has caught up before it votes\n")?;
+            *state = State::Waiting;
+        }
+        Ok(())
+    }
+
+    /// A leader sent entries or a heartbeat with its commit index.
+    pub fn heard_leader(&self, committed: Option<u64>) {
+        let mut state = self.state();
+        if let (State::Waiting, Some(committed)) = (*state, committed) {
+            *state = State::Until(committed);
+        }
+    }
+
+    /// Whether this member may vote and stand for election, having applied `applied`. Lifts the ban when it is time.
+    pub fn may_vote(&self, applied: u64) -> io::Result<bool> {
+        let mut state = self.state();
+        match *state {
+            State::Member => Ok(true),
+            State::Until(index) if applied >= index => {
+                std::fs::remove_file(&self.mark)?;
+                if let Some(dir) = self.mark.parent() {
+                    sync_dir(dir)?;
+                }
+                *state = State::Member;
+                Ok(true)
+            }
+            State::Waiting | State::Until(_) => Ok(false),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ban_lasts_until_what_the_leader_had_committed_is_applied_even_over_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let rejoin = Rejoin::open(dir.path()).unwrap();
+        assert!(rejoin.may_vote(0).unwrap());
+        rejoin.met_formed_peer().unwrap();
+        assert!(!rejoin.may_vote(100).unwrap(), "no leader has said how far it had committed");
+        rejoin.heard_leader(Some(7));
+        rejoin.heard_leader(Some(3));
+        assert!(!rejoin.may_vote(6).unwrap());
+        let restarted = Rejoin::open(dir.path()).unwrap();
+        assert!(!restarted.may_vote(100).unwrap());
+        restarted.heard_leader(None);
+        restarted.heard_leader(Some(9));
+        assert!(restarted.may_vote(9).unwrap());
+        assert!(Rejoin::open(dir.path()).unwrap().may_vote(0).unwrap());
+    }
+}
