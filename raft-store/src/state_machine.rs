@@ -76,6 +76,7 @@ impl StateMachine {
         let mut effects = Vec::new();
         let mut membership = None;
         let mut last = None;
+        let mut cluster_time_ms = self.stamper.last_applied_ms.load(Ordering::Acquire);
         for (entry, responder) in batch {
             let at = Position { term: entry.log_id.leader_id.term, index: entry.log_id.index };
             last = Some(entry.log_id);
@@ -85,10 +86,11 @@ impl StateMachine {
                     let proposal: Proposal = decode(&proposed.bytes).map_err(io_error)?;
                     let applied = apply(&mut txn, at, stamp, &proposal).map_err(io_error)?;
                     effects.extend(applied.effects);
+                    cluster_time_ms = cluster_time_ms.max(stamp.cluster_time_ms);
                     Response(Some(Applied {
                         outcome: applied.outcome,
                         replayed: applied.replayed,
-                        cluster_time_ms: stamp.cluster_time_ms,
+                        cluster_time_ms,
                     }))
                 }
                 EntryPayload::Membership(m) => {

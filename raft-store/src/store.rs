@@ -419,10 +419,17 @@ impl Store {
                 return true;
             }
             let voters: Vec<u64> = now.membership_config.membership().voter_ids().collect();
+            // One that has just died has as long a log as any; handing over to it would leave the cluster without a leader.
+            let recent = Duration::from_millis(inner.config.election_timeout_ms);
+            let answers = |id: &u64| {
+                let beats = now.heartbeat.as_ref();
+                let at = beats.and_then(|beats| beats.get(id).copied().flatten());
+                at.is_some_and(|at| at.into_inner().elapsed() <= recent)
+            };
             now.replication.as_ref().and_then(|matched| {
                 matched
                     .iter()
-                    .filter(|(id, at)| **id != me && voters.contains(id) && at.is_some())
+                    .filter(|(id, at)| **id != me && voters.contains(id) && at.is_some() && answers(id))
                     .max_by_key(|(_, at)| at.map(|at| at.index))
                     .map(|(id, _)| *id)
             })

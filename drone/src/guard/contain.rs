@@ -1,26 +1,45 @@
-//! What holds a backend and everything it starts: a PID namespace where the guard may make one.
+//! What holds a backend and everything it starts: a PID namespace where the guard may make one. And who holds the hard
+//! deadline beside the guard, which may be stopped, or blocked while it starts the backend: the namespace's init, or a
+//! watcher where there is no namespace.
 
+use super::deadline::SharedDeadline;
+use crate::clock::{BootTimer, boot_ms};
+use crate::processes::{self, Process};
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal, kill, killpg};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, pipe, read, write};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::time::Duration;
+
+/// How often a watcher looks for what is left after the hard deadline.
+const WATCHER_KILL_INTERVAL: Duration = Duration::from_millis(20);
+/// A watcher that has found nothing so often in a row has done its work: what was being forked during one look is seen
+/// by the next.
+const WATCHER_EMPTY_LOOKS: u32 = 2;
 
 /// What [`contain`] has achieved.
 #[derive(Debug)]
 pub enum Container {
     /// A PID namespace with this init.
     Namespace(Pid),
-    /// Only the process tree below the guard, for this reason.
-    Tree(String),
+    /// Only the process tree below the guard.
+    Tree {
+        /// Why.
+        problem: String,
+        /// Kills the tree at the hard deadline if the guard does not; missing if it could not be forked.
+        watcher: Option<Pid>,
+    },
 }
 
-/// Makes a PID namespace for later children, with an init that dies with this process, or says why it cannot.
-/// This process must have a single thread.
-pub fn contain() -> Container {
+/// Makes a PID namespace for later children, with an init that dies with this process and at the deadline, or says why
+/// it cannot. This process must have a single thread.
+pub fn contain(deadline: &SharedDeadline) -> Container {
     // Orphans of the tree become ours in any case. Inside a namespace they become its init's.
     if let Err(e) = prctl::set_child_subreaper(true) {
         log_line(&format!("cannot become a subreaper: {e}"));
@@ -30,19 +49,95 @@ pub fn contain() -> Container {
         Ok(()) => true,
         Err(_) => match unshare(CloneFlags::CLONE_NEWPID) {
             Ok(()) => false,
-            Err(e) => return Container::Tree(format!("no PID namespace: {e}")),
+            Err(e) => return tree(format!("no PID namespace: {e}"), deadline),
         },
     };
-    match start_init(own_mounts) {
+    match start_init(own_mounts, deadline) {
         Ok(init) => Container::Namespace(init),
         // Children of ours would go to a namespace without an init: without a namespace for children again, the
         // backend could not be started at all. The caller reports that.
-        Err(e) => Container::Tree(format!("no init for the PID namespace: {e}")),
+        Err(e) => tree(format!("no init for the PID namespace: {e}"), deadline),
+    }
+}
+
+fn tree(problem: String, deadline: &SharedDeadline) -> Container {
+    let watcher = match start_watcher(deadline) {
+        Ok(watcher) => Some(watcher),
+        Err(e) => {
+            log_line(&format!("no watcher, so that the deadline is the guard's alone: {e}"));
+            None
+        }
+    };
+    Container::Tree { problem, watcher }
+}
+
+/// Forks a process that kills the tree of this one at the deadline.
+fn start_watcher(deadline: &SharedDeadline) -> nix::Result<Pid> {
+    let guard = Pid::this();
+    // SAFETY: a guard has one thread, so the child may do everything the parent may.
+    match unsafe { fork() }? {
+        ForkResult::Parent { child } => Ok(child),
+        ForkResult::Child => {
+            let _ = prctl::set_name(c"holdfast-watch");
+            if prctl::set_pdeathsig(Signal::SIGKILL).is_err() || Pid::parent() != guard {
+                exit_now(1);
+            }
+            detach_stdio();
+            // If it cannot wait it kills now: what nobody watches over must not run.
+            if let Err(e) = until_deadline(deadline, || {}) {
+                log_line(&format!("the watcher cannot wait: {e}"));
+            }
+            let mut empty_looks = 0;
+            while empty_looks < WATCHER_EMPTY_LOOKS {
+                let alive = kill_descendants(guard, Some(Pid::this()));
+                empty_looks = if alive { 0 } else { empty_looks + 1 };
+                std::thread::sleep(WATCHER_KILL_INTERVAL);
+            }
+            exit_now(0);
+        }
+    }
+}
+
+/// Kills what lives below a process, but for one; whether anything did.
+fn kill_descendants(root: Pid, except: Option<Pid>) -> bool {
+    let below = processes::descendants(&processes::all(), root.as_raw());
+    let is_target = |p: &&Process| !p.zombie && except.is_none_or(|except| except.as_raw() != p.pid);
+    let targets: Vec<&Process> = below.iter().filter(is_target).collect();
+    for target in &targets {
+        let _ = kill(Pid::from_raw(target.pid), Signal::SIGKILL);
+    }
+    !targets.is_empty()
+}
+
+/// Waits until the deadline, wherever it is moved to, and calls `on_child_end` at first and after children's ends.
+/// SIGCHLD is blocked, as the guard had it.
+fn until_deadline(deadline: &SharedDeadline, on_child_end: impl Fn()) -> io::Result<()> {
+    let mut children = SigSet::empty();
+    children.add(Signal::SIGCHLD);
+    let signals = SignalFd::with_flags(&children, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
+    let timer = BootTimer::new()?;
+    loop {
+        on_child_end();
+        // A deadline that was put off is found out at the earlier one; the timer wakes us then.
+        let hard_boot_ms = deadline.get();
+        if boot_ms() >= hard_boot_ms {
+            return Ok(());
+        }
+        timer.arm(Some(hard_boot_ms))?;
+        let poll = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+        let mut fds = [poll(signals.as_raw_fd()), poll(timer.as_raw_fd())];
+        // SAFETY: `fds` is a valid array of its length.
+        let rc = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
+        if rc < 0 && Errno::last() != Errno::EINTR {
+            return Err(Errno::last().into());
+        }
+        timer.clear()?;
+        while signals.read_signal()?.is_some() {}
     }
 }
 
 /// Forks the namespace's init and waits until it is bound to this process.
-fn start_init(own_mounts: bool) -> nix::Result<Pid> {
+fn start_init(own_mounts: bool, deadline: &SharedDeadline) -> nix::Result<Pid> {
     let (bound_read, bound_write) = pipe()?;
     // SAFETY: a guard has one thread, so the child may do everything the parent may.
     match unsafe { fork() }? {
@@ -71,7 +166,14 @@ fn start_init(own_mounts: bool) -> nix::Result<Pid> {
                 exit_now(1);
             }
             drop(bound_write);
-            reap_for_ever();
+            // The end of init is the end of the whole namespace, also of a backend before its exec.
+            match until_deadline(deadline, reap_orphans) {
+                Ok(()) => exit_now(0),
+                Err(e) => {
+                    log_line(&format!("the namespace's init cannot wait: {e}"));
+                    exit_now(1);
+                }
+            }
         }
     }
 }
@@ -99,19 +201,11 @@ fn mount_proc() {
     }
 }
 
-/// The whole life of the namespace's init: orphans are reaped. SIGCHLD is blocked, as the guard had it.
-fn reap_for_ever() -> ! {
-    let mut children = SigSet::empty();
-    children.add(Signal::SIGCHLD);
+fn reap_orphans() {
     loop {
-        loop {
-            match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::StillAlive) | Err(_) => break,
-                Ok(_) => {}
-            }
-        }
-        if children.wait().is_err() {
-            exit_now(1);
+        match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::StillAlive) | Err(_) => break,
+            Ok(_) => {}
         }
     }
 }
@@ -129,64 +223,21 @@ pub fn kill_all(container: &Container, backend: Option<Pid>) {
         Container::Namespace(init) => {
             let _ = kill(*init, Signal::SIGKILL);
         }
-        Container::Tree(_) => {
+        Container::Tree { watcher, .. } => {
             if let Some(backend) = backend {
                 let _ = killpg(backend, Signal::SIGKILL);
             }
-            for pid in descendants(Pid::this().as_raw()) {
-                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-            }
-        }
-    }
-}
-
-/// All descendants of a process, by the parents that `/proc` names.
-fn descendants(root: i32) -> Vec<i32> {
-    let mut parents = Vec::new();
-    if let Ok(entries) = std::fs::read_dir("/proc") {
-        for entry in entries.flatten() {
-            if let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse::<i32>().ok())
-                && let Some(parent) = parent_of(pid)
+            // The watcher last: until then it is there should we be stopped.
+            if !kill_descendants(Pid::this(), *watcher)
+                && let Some(watcher) = watcher
             {
-                parents.push((pid, parent));
+                let _ = kill(*watcher, Signal::SIGKILL);
             }
         }
     }
-    let mut found = vec![root];
-    let mut at = 0;
-    while let Some(&ancestor) = found.get(at) {
-        found.extend(parents.iter().filter(|(_, parent)| *parent == ancestor).map(|(pid, _)| *pid));
-        at += 1;
-    }
-    found.remove(0);
-    found
-}
-
-fn parent_of(pid: i32) -> Option<i32> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // "pid (name) state ppid …"; the name may hold anything, also parentheses.
-    let after_name = stat.get(stat.rfind(')')? + 1..)?;
-    after_name.split_ascii_whitespace().nth(1)?.parse().ok()
 }
 
 /// A line for the guard's log: its standard error.
 pub fn log_line(text: &str) {
     eprintln!("guard {}: {text}", std::process::id());
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_childs_parent_is_this_process_and_it_is_a_descendant() {
-        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
-        let pid = i32::try_from(child.id()).unwrap();
-        let own = Pid::this().as_raw();
-        let (parent, found) = (parent_of(pid), descendants(own));
-        child.kill().unwrap();
-        child.wait().unwrap();
-        assert_eq!(parent, Some(own));
-        assert!(found.contains(&pid) && !found.contains(&own));
-    }
 }

@@ -2,7 +2,7 @@
 //! is dead, stopped or cut off. It is this program started anew as `holdfast-drone guard`, without tokio.
 //!
 //! ```text
-//!   drone ──stdin: Arm, then Update…──▶ guard ──fork──▶ init (PID 1 of a PID namespace; only reaps)
+//!   drone ──stdin: Arm, then Update…──▶ guard ──fork──▶ init (PID 1 of a PID namespace; reaps, ends at the deadline)
 //!     ▲                                   │                 ▲ killed with the guard (PDEATHSIG), and takes
 //!     └────────stdout: Report…────────────┤                 │ everything in the namespace with it
 //!                                         └─fork, exec──▶ backend ──▶ what the backend starts
@@ -15,19 +15,22 @@
 //!
 //! 1. The guard is armed before the backend's first instruction, and looks at the clock between fork and exec.
 //! 2. From the hard deadline on nothing that the backend started is alive (but for the time that a kill takes).
-//!    Later deadlines count only while no end has begun.
+//!    Later deadlines count only while no end has begun. The namespace's init holds the deadline too, which it sees in
+//!    a page of memory shared with the guard: so this is also true of a guard that is stopped, or blocked in an exec.
 //! 3. The death of the guard is the death of everything below it.
 //! 4. [`Report::Gone`] is the last report, and means that nothing is left.
 //!
 //! Without the right to make a PID namespace (not root) the guard is a child subreaper and kills all its descendants
-//! instead. Then 3 holds for the backend's main process only; the drone looks for the rest by their environment.
+//! instead, and a watcher beside it does so at the deadline in init's place. Then 3 holds for the backend's main process only; the drone looks for the rest by their environment.
 
 mod contain;
+mod deadline;
 mod process;
 pub mod timeline;
 
 pub use process::main;
 
+use crate::open_files::OpenFiles;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -48,6 +51,9 @@ pub struct Arm {
     pub cwd: PathBuf,
     /// Receives standard output and error.
     pub log: PathBuf,
+    /// Its limit of open files, if not the guard's.
+    #[serde(default)]
+    pub open_files: Option<OpenFiles>,
     /// The deadlines.
     pub update: Update,
 }

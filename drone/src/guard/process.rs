@@ -1,6 +1,7 @@
 //! The guard process itself.
 
 use super::contain::{Container, contain, kill_all, log_line};
+use super::deadline::SharedDeadline;
 use super::timeline::{Step, Timeline};
 use super::{Arm, LINE_BYTES_MAX, Report, Update};
 use crate::clock::{BootTimer, boot_ms};
@@ -48,20 +49,24 @@ fn run() -> io::Result<()> {
     let signals = SignalFd::with_flags(&children, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
     let timer = BootTimer::new()?;
     let timeline = Timeline::new(arm.update);
-    let container = contain();
+    let deadline = SharedDeadline::new(timeline.hard_at())?;
+    let container = contain(&deadline);
     match &container {
         Container::Namespace(init) => report(&Report::Contained { init_pid: init.as_raw() }),
-        Container::Tree(problem) => {
+        Container::Tree { problem, .. } => {
             log_line(problem);
             report(&Report::Uncontained { problem: problem.clone() });
         }
     }
-    Guard { arm, timeline, container, backend: None, killing: false }.guard(&mut input, &signals, &timer)
+    let guard = Guard { arm, timeline, deadline, container, backend: None, killing: false };
+    guard.guard(&mut input, &signals, &timer)
 }
 
 struct Guard {
     arm: Arm,
     timeline: Timeline,
+    /// The timeline's hard deadline, for the one who holds it should this process be stopped or blocked.
+    deadline: SharedDeadline,
     container: Container,
     /// The main process, until it is reaped.
     backend: Option<Pid>,
@@ -125,9 +130,10 @@ impl Guard {
         // In a namespace of its own the backend cannot see its parent, and need not: init is bound to the guard.
         let parent = match self.container {
             Container::Namespace(_) => None,
-            Container::Tree(_) => Some(Pid::this()),
+            Container::Tree { .. } => Some(Pid::this()),
         };
         let mut command = self.command().map_err(NotStarted::from_io)?;
+        let open_files = self.arm.open_files;
         // SAFETY: only async-signal-safe calls between fork and exec.
         unsafe {
             command.pre_exec(move || {
@@ -140,10 +146,15 @@ impl Guard {
                     libc::signal(number, libc::SIG_DFL);
                 }
                 sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
+                if let Some(open_files) = open_files {
+                    open_files.apply()?;
+                }
                 // The machine may have slept since: this is the last look before the backend's first instruction.
                 if boot_ms() >= start_before { Err(Errno::ETIME.into()) } else { Ok(()) }
             });
         }
+        // Blocks until the exec is done, which a file system that hangs may put off for ever. Meanwhile the deadline is
+        // held by the namespace's init or the watcher; their kill ends this wait too.
         let child = command.spawn().map_err(|e| match e.raw_os_error() {
             Some(libc::ETIME) => late(),
             _ => NotStarted::from_io(e),
@@ -187,6 +198,11 @@ impl Guard {
             let is_init = matches!(self.container, Container::Namespace(init) if init == pid);
             if self.backend == Some(pid) {
                 self.backend = None;
+                // Init or the watcher may have been faster at the deadline.
+                let at_deadline = boot_ms() >= self.timeline.hard_at();
+                if signal == Some(Signal::SIGKILL as i32) && !self.killing && at_deadline {
+                    report(&Report::Killing);
+                }
                 report(&Report::Exited { code, signal });
                 // What it has started does not outlive it.
                 self.kill();
@@ -226,6 +242,7 @@ impl Guard {
                 Err(e) => log_line(&format!("unreadable line from the drone: {e}")),
             }
         }
+        self.deadline.set(self.timeline.hard_at());
     }
 }
 

@@ -16,4 +16,4 @@ pub use plan::ClusterBuilder;
 pub use ports::PortBlock;
 pub use process::{Process, binary, libfaketime};
 pub use proxy::{Proxy, ProxySet};
-pub use wait::{LONG, SHORT, wait_until};
+pub use wait::{LONG, SHORT, boot_ms, wait_until};

@@ -31,3 +31,9 @@ pub async fn wait_until<T, E: Debug>(
         sleep(POLL).await;
     }
 }
+
+/// `CLOCK_BOOTTIME` in milliseconds, the clock of journals.
+pub fn boot_ms() -> u64 {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).expect("CLOCK_BOOTTIME");
+    u64::try_from(now.tv_sec() * 1000 + now.tv_nsec() / 1_000_000).expect("a positive time")
+}

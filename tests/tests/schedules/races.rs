@@ -143,7 +143,9 @@ async fn a_proposal_queued_in_one_reign_of_a_leader_and_appended_in_its_next_mak
                 return Ok(());
             }
             let transfer = format!("{}/ctrl/cluster/transfer-leader", cluster.url(now));
-            cluster.http.post(&transfer, &serde_json::json!({})).await;
+            let t = Instant::now();
+            let a = cluster.http.post(&transfer, &serde_json::json!({})).await;
+            println!("DBG old={old} now={now} {} took {:?}", a.text, t.elapsed());
             Err(now)
         })
         .await;
