@@ -56,6 +56,33 @@ pub struct Shared {
     sockets: Arc<Semaphore>,
     token_secret: OnceLock<[u8; 32]>,
     failing: Mutex<Option<Failing>>,
+    behind: Mutex<Behind>,
+}
+
+/// How far this replica is behind the entries that answers have named.
+#[derive(Debug, Clone, Copy, Default)]
+struct Behind {
+    /// The newest index that was named.
+    newest: u64,
+    /// The index that is waited for, and since when.
+    waits: Option<(u64, Instant)>,
+}
+
+impl Behind {
+    /// An answer says that `index` is applied at the leader.
+    fn named(&mut self, index: u64, now: Instant) {
+        self.newest = self.newest.max(index);
+        self.waits.get_or_insert((index, now));
+    }
+
+    /// How long this replica, which has applied up to `applied`, has lacked an entry that was named.
+    fn behind_for(&mut self, applied: u64, now: Instant) -> Duration {
+        if self.waits.is_some_and(|(index, _)| index <= applied) {
+            // When the newest was named is not known any more; it counts from here.
+            self.waits = (self.newest > applied).then_some((self.newest, now));
+        }
+        self.waits.map_or(Duration::ZERO, |(_, since)| now.saturating_duration_since(since))
+    }
 }
 
 /// A run of proposals without one that reached a leader.
@@ -91,6 +118,7 @@ impl App {
             sockets: Arc::new(Semaphore::new(SOCKETS_MAX)),
             token_secret: OnceLock::new(),
             failing: Mutex::new(None),
+            behind: Mutex::new(Behind::default()),
         }));
         let hub = Arc::clone(&app.hub).run(app.store.effects());
         let stopping = app.stopping.clone();
@@ -121,7 +149,10 @@ impl App {
     ) -> Result<Answer, ProposeError> {
         let answer = self.store.propose(proposal, deadline).await;
         match &answer {
-            Ok(_) => *self.failing() = None,
+            Ok(answer) => {
+                *self.failing() = None;
+                self.behind().named(answer.index, Instant::now());
+            }
             Err(ProposeError::NoLeader | ProposeError::OutcomeUnknown(_)) => {
                 let now = Instant::now();
                 self.failing().get_or_insert(Failing { first: now, last: now }).last = now;
@@ -133,6 +164,16 @@ impl App {
 
     fn failing(&self) -> MutexGuard<'_, Option<Failing>> {
         self.failing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn behind(&self) -> MutexGuard<'_, Behind> {
+        self.behind.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// For how long this replica has not applied something that an answer to one of its proposals said was applied. Such a
+    /// replica still forwards, but what it reads from its own state is out of date.
+    pub fn behind_for(&self) -> Duration {
+        self.behind().behind_for(self.store.local().applied, Instant::now())
     }
 
     /// How long proposals of this controller have failed for want of a leader, from the first to the last of them with
@@ -183,5 +224,27 @@ impl App {
         Arc::clone(&self.sockets)
             .try_acquire_owned()
             .map_err(|_| Failure::new(ApiErrorKind::Overloaded, "too many drone sockets are open"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_replica_is_behind_only_while_it_lacks_what_was_named() {
+        let start = Instant::now();
+        let at = |ms| start + Duration::from_millis(ms);
+        let mut behind = Behind::default();
+        assert_eq!(behind.behind_for(0, at(0)), Duration::ZERO);
+        behind.named(10, at(0));
+        behind.named(12, at(500));
+        assert_eq!(behind.behind_for(9, at(900)), Duration::from_millis(900));
+        // It goes on, if slowly.
+        assert_eq!(behind.behind_for(11, at(1_000)), Duration::ZERO);
+        assert_eq!(behind.behind_for(11, at(3_500)), Duration::from_millis(2_500));
+        behind.named(11, at(3_500));
+        assert_eq!(behind.behind_for(12, at(9_000)), Duration::ZERO);
+        assert_eq!(behind.behind_for(12, at(99_000)), Duration::ZERO);
     }
 }

@@ -15,7 +15,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 /// Election time-out unless given, in milliseconds.
-const ELECTION_TIMEOUT_MS_DEFAULT: u64 = 500;
+const ELECTION_TIMEOUT_MS_DEFAULT: u64 = 200;
 /// Shortest election time-out: below it a slow disk looks like a dead leader.
 const ELECTION_TIMEOUT_MS_MIN: u64 = 50;
 /// Longest election time-out, in milliseconds.
@@ -69,7 +69,7 @@ pub struct Flags {
     /// [default: renew=30s,soft=40s,hard=50s,expiry=60s]
     #[arg(long, env = "HOLDFAST_LEASE", value_name = "renew=30s,soft=40s,hard=50s,expiry=60s")]
     pub lease: Option<String>,
-    /// Time without a word from the leader after which an election is held [default: 500ms]
+    /// Time without a word from the leader after which an election is held [default: 200ms]
     #[arg(long, env = "HOLDFAST_ELECTION_TIMEOUT", value_name = "DURATION")]
     pub election_timeout: Option<String>,
     /// How long terminated backends are kept, set when the cluster is formed [default: 1h]

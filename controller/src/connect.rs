@@ -15,11 +15,11 @@ use crate::app::App;
 use crate::http::args::Consistency;
 use crate::http::error::Failure;
 use crate::hub::{Topic, Watch};
+use crate::session::DRONE_FRAME_BYTES_MAX;
 use crate::{ids, token};
 use holdfast_core::command::{Acquire, Command, Idempotency, Spawn};
 use holdfast_core::outcome::{Holder, Outcome, Refusal};
 use holdfast_wire::http::{ConnectRequest, ConnectResponse, SpawnConfig};
-use holdfast_wire::limits::WAIT_MS_DEFAULT;
 use holdfast_wire::{ApiErrorKind, BackendState, BackendStatus, KeyConfig};
 use serde_json::{Map, Value};
 use std::time::Duration;
@@ -27,6 +27,15 @@ use tokio::time::Instant;
 
 /// How often candidates are picked anew after `apply` found none of them fit.
 const NO_DRONE_TRIES_MAX: u32 = 2;
+/// Longest executable, in bytes of the JSON that is kept and sent. It can be longer than what came: `1e15` becomes
+/// `1000000000000000.0`.
+pub const EXECUTABLE_BYTES_MAX: usize = 256 * 1024;
+/// Most bytes of a spawn message besides its executable. Key, tag and names are at most some KiB, escapes included.
+const SPAWN_EXTRA_BYTES_MAX: usize = 16 * 1024;
+/// Most levels of objects and lists in an executable. JSON readers stop at 127, and the spawn message that carries it to
+/// the drone has some levels more than the request that brought it here.
+const EXECUTABLE_DEPTH_MAX: usize = 100;
+const _: () = assert!(EXECUTABLE_BYTES_MAX + SPAWN_EXTRA_BYTES_MAX < DRONE_FRAME_BYTES_MAX);
 /// How often a generated backend id is made anew after it turned out to be used.
 const ID_TRIES_MAX: u32 = 3;
 
@@ -52,6 +61,7 @@ struct PlannedSpawn {
 impl Plan {
     fn new(request: ConnectRequest, default_cluster: Option<&str>) -> Result<Self, Failure> {
         request.check()?;
+        let wait = Duration::from_millis(request.capped_wait_ms());
         let auth_bytes = serde_json::to_string(&request.auth).map_or(usize::MAX, |text| text.len());
         if auth_bytes > token::AUTH_BYTES_MAX {
             return Err(Failure::invalid(
@@ -67,7 +77,7 @@ impl Plan {
                         "spawn_config.cluster is missing, and this controller has no default cluster",
                     )
                 })?;
-            let executable_json = config.executable.to_string();
+            let executable_json = executable_json(&config.executable)?;
             Ok::<_, Failure>(PlannedSpawn { config, cluster, executable_json })
         });
         let key_is_new = request.key.is_none();
@@ -77,7 +87,7 @@ impl Plan {
             spawn: spawn.transpose()?,
             user: request.user,
             auth: request.auth,
-            wait: Duration::from_millis(request.wait_ms.unwrap_or(WAIT_MS_DEFAULT)),
+            wait,
         })
     }
 
@@ -104,6 +114,32 @@ impl Plan {
             }
         });
         Command::Acquire(Box::new(Acquire { key: self.key.clone(), spawn }))
+    }
+}
+
+/// An executable as it is kept and sent, if a drone can read it.
+fn executable_json(executable: &Value) -> Result<String, Failure> {
+    const FIELD: &str = "spawn_config.executable";
+    if is_deeper(executable, EXECUTABLE_DEPTH_MAX) {
+        return Err(Failure::invalid(FIELD, format!("has more than {EXECUTABLE_DEPTH_MAX} levels")));
+    }
+    let text = executable.to_string();
+    if text.len() > EXECUTABLE_BYTES_MAX {
+        return Err(Failure::invalid(
+            FIELD,
+            format!("is {} bytes of JSON, at most {EXECUTABLE_BYTES_MAX} are allowed", text.len()),
+        ));
+    }
+    Ok(text)
+}
+
+/// Whether `value` has more than `levels` levels. Recursion ends with them.
+fn is_deeper(value: &Value, levels: usize) -> bool {
+    let inner = |value: &Value| is_deeper(value, levels - 1);
+    match value {
+        Value::Array(items) => levels == 0 || items.iter().any(inner),
+        Value::Object(fields) => levels == 0 || fields.values().any(inner),
+        _ => false,
     }
 }
 
@@ -240,10 +276,11 @@ fn seen(look: Look, now_ms: u64) -> Result<Option<Step>, Failure> {
 }
 
 async fn propose(app: &App, plan: &Plan, idempotency: Option<&Idempotency>) -> Result<Step, Failure> {
-    let mut drones = app.drones.get(|| {
+    let local = || {
         let local = app.store.local();
         (local.view, local.now_ms)
-    })?;
+    };
+    let mut drones = app.drones.get(local).await?;
     let mut term = None;
     let mut no_drone_tries = 0;
     let mut id_tries = 0;
@@ -263,7 +300,7 @@ async fn propose(app: &App, plan: &Plan, idempotency: Option<&Idempotency>) -> R
             {
                 return Ok(step);
             }
-            drones = app.drones.refresh(&point.view, point.now_ms)?;
+            drones = app.drones.newer_than(Instant::now(), (point.view, point.now_ms)).await?;
             term = Some(point.term);
             candidates = pick(&drones, term);
             // Without a drone an entry would say no more than this; but an Idempotency-Key may have an answer already.
@@ -348,7 +385,12 @@ fn url(cluster: &str, subdomain: Option<&str>, token: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use holdfast_wire::{TerminationKind, TerminationReason};
+    use holdfast_wire::drone::{AcquiredKey, Action, ActionMessage, MessageToDrone};
+    use holdfast_wire::limits::{
+        KEY_NAME_BYTES_MAX, KEY_NAMESPACE_BYTES_MAX, KEY_TAG_BYTES_MAX, NAME_BYTES_MAX, WAIT_MS_DEFAULT,
+        WAIT_MS_MAX,
+    };
+    use holdfast_wire::{Deadlines, TerminationKind, TerminationReason};
     use serde_json::json;
 
     fn holder(tag: &str, state: BackendState) -> Holder {
@@ -401,14 +443,66 @@ mod tests {
         assert!(Plan::new(request(json!({"key": {"name": "k"}})), None).unwrap().spawn.is_none());
     }
 
+    fn spawning(executable: Value) -> Value {
+        json!({"spawn_config": {"executable": executable}})
+    }
+
+    /// An executable of `levels` levels and one more.
+    fn nested(levels: usize) -> Value {
+        let deep = (0..levels).fold(json!(1), |inner, _| json!([inner]));
+        json!({"command": ["x"], "more": deep})
+    }
+
+    #[test]
+    fn the_largest_spawn_reaches_the_drone() {
+        let fill = EXECUTABLE_BYTES_MAX - r#"{"command":[""]}"#.len();
+        let largest = json!({"command": ["x".repeat(fill)]});
+        for executable in [largest, nested(EXECUTABLE_DEPTH_MAX - 1)] {
+            let mut value = spawning(executable);
+            let quotes = |count| "\"".repeat(count);
+            value["key"] = json!({"name": quotes(KEY_NAME_BYTES_MAX), "namespace": quotes(KEY_NAMESPACE_BYTES_MAX),
+                                  "tag": quotes(KEY_TAG_BYTES_MAX)});
+            let plan = Plan::new(request(value), Some("c:1")).unwrap();
+            let spawn = plan.spawn.unwrap();
+            let deadlines =
+                Deadlines { renew_at: i64::MIN, soft_terminate_at: i64::MIN, hard_terminate_at: i64::MIN };
+            let message = MessageToDrone::Action(ActionMessage {
+                action_id: format!("ak-{}-{}", u64::MAX, u32::MAX),
+                backend_id: "b".repeat(NAME_BYTES_MAX),
+                drone_id: i32::MIN,
+                action: Action::Spawn {
+                    executable: serde_json::from_str(&spawn.executable_json).unwrap(),
+                    key: AcquiredKey { key: plan.key, deadlines, token: u64::MAX },
+                    static_token: Some(ids::secret()),
+                },
+            });
+            let text = serde_json::to_string(&message).unwrap();
+            assert!(text.len() <= EXECUTABLE_BYTES_MAX + SPAWN_EXTRA_BYTES_MAX, "{}", text.len());
+            assert_eq!(serde_json::from_str::<MessageToDrone>(&text).unwrap(), message);
+        }
+    }
+
+    #[test]
+    fn a_longer_wait_is_capped() {
+        let wait = |value| Plan::new(request(value), None).unwrap().wait;
+        assert_eq!(wait(json!({"wait_ms": u64::MAX})), Duration::from_millis(WAIT_MS_MAX));
+        assert_eq!(wait(json!({"wait_ms": 7})), Duration::from_millis(7));
+        assert_eq!(wait(json!({})), Duration::from_millis(WAIT_MS_DEFAULT));
+    }
+
     #[test]
     fn bad_fields_are_named() {
+        let numbers = format!(r#"{{"command":["x"],"more":[1{}]}}"#, ",1e15".repeat(20_000));
+        assert!(numbers.len() < EXECUTABLE_BYTES_MAX / 2);
         for (value, named) in [
             (json!({"key": {"name": ""}}), "key.name"),
             (json!({"key": {"name": "a\nb"}}), "key.name"),
             (json!({"key": {"name": "k", "tag": "x".repeat(257)}}), "key.tag"),
             (json!({"auth": {"a": "x".repeat(5000)}}), "auth"),
-            (json!({"wait_ms": 120_001}), "wait_ms"),
+            (spawning(json!({"command": ["x".repeat(EXECUTABLE_BYTES_MAX)]})), "spawn_config.executable"),
+            // Short as it came, long as it is kept.
+            (spawning(serde_json::from_str(&numbers).unwrap()), "spawn_config.executable"),
+            (spawning(nested(EXECUTABLE_DEPTH_MAX)), "spawn_config.executable"),
             (json!({"spawn_config": {"executable": {}}}), "spawn_config.executable"),
         ] {
             let failure = Plan::new(request(value), Some("c:1")).unwrap_err();

@@ -62,9 +62,6 @@ impl Hub {
         if effects.contains(&Effect::Everything) {
             return self.wake_all();
         }
-        if effects.contains(&Effect::Everything) {
-            return self.wake_all();
-        }
         let topics = self.topics();
         if topics.is_empty() {
             return;

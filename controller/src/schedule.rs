@@ -8,13 +8,18 @@ use holdfast_core::records::DroneRecord;
 use holdfast_core::view::{View, is_eligible};
 use rand::Rng;
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+use tokio::sync::{Mutex, MutexGuard};
+use tokio::time::Instant;
 
-/// How long a list of drones is used before the local state is looked at again. Far below any sensible half of `renew`.
+/// How long a list of drones is used before the state is looked at again, and the shortest time between two looks. Far
+/// below any sensible half of `renew`.
 const LIST_VALID: Duration = Duration::from_millis(100);
 /// Drones per scan.
 const SCAN_DRONES: usize = 1000;
+/// Drones that one list looks at. Of more than that, the next list looks at the next ones.
+const LIST_DRONES_MAX: usize = 20_000;
 
 /// Drones that could take a backend as of some moment, by (cluster, pool).
 #[derive(Debug, Default)]
@@ -43,22 +48,42 @@ impl DroneList {
         Self { pools }
     }
 
-    /// Reads all drones. Nothing is eligible before the cluster is formed.
-    pub fn read<R: ReadState>(view: &View<R>, now_ms: u64) -> Result<Self, StateError> {
-        let Some(cluster) = view.cluster()? else { return Ok(Self::default()) };
+    /// Reads up to `drones_max` drones with ids above `after`, then from the beginning up to it. Also gives the `after` of
+    /// the next list. Nothing is eligible before the cluster is formed.
+    fn read<R: ReadState>(
+        view: &View<R>,
+        now_ms: u64,
+        after: i32,
+        drones_max: usize,
+    ) -> Result<(Self, i32), StateError> {
+        let Some(cluster) = view.cluster()? else { return Ok((Self::default(), 0)) };
         let mut all = Vec::new();
-        let mut after = 0;
-        loop {
-            let page = view.drones(after, SCAN_DRONES)?;
-            let full = page.len() == SCAN_DRONES;
-            let Some((last, _)) = page.last() else { break };
-            after = *last;
+        let mut last = after;
+        let mut wrapped = after <= 0;
+        while all.len() < drones_max {
+            let limit = SCAN_DRONES.min(drones_max - all.len());
+            let mut page = view.drones(last, limit)?;
+            let mut ended = page.len() < limit;
+            if wrapped && after > 0 {
+                // Those above were looked at first.
+                page.retain(|(drone_id, _)| *drone_id <= after);
+                ended |= page.len() < limit;
+            }
+            if let Some((drone_id, _)) = page.last() {
+                last = *drone_id;
+            }
             all.extend(page);
-            if !full {
-                break;
+            if ended && wrapped {
+                // All of them: the next list begins at the beginning again.
+                return Ok((Self::collect(all.into_iter(), now_ms, cluster.lease.renew_ms), 0));
+            }
+            if ended {
+                wrapped = true;
+                last = 0;
             }
         }
-        Ok(Self::collect(all.into_iter(), now_ms, cluster.lease.renew_ms))
+        tracing::debug!(drones_max, last, "there are more drones than one list looks at");
+        Ok((Self::collect(all.into_iter(), now_ms, cluster.lease.renew_ms), last))
     }
 
     /// Up to [`CANDIDATES_MAX`] different drones of that cluster and pool, at random. Those heard of in `term` are
@@ -78,38 +103,84 @@ impl DroneList {
     }
 }
 
-/// The last list that was read from the local state.
+/// A list that was read.
+#[derive(Debug, Clone)]
+struct Known {
+    /// When the reading began: the list is not older.
+    at: Instant,
+    list: Arc<DroneList>,
+    /// Where the next list begins.
+    after: i32,
+}
+
+/// The last list that was read. It is read when somebody asks, never more often than every [`LIST_VALID`], and not on the
+/// threads that serve requests.
 #[derive(Debug, Default)]
 pub struct DroneCache {
-    list: RwLock<Option<(Instant, Arc<DroneList>)>>,
+    known: RwLock<Option<Known>>,
     /// Held by the one that reads; others use the older list meanwhile.
     reading: Mutex<()>,
 }
 
 impl DroneCache {
-    /// A list that is at most [`LIST_VALID`] old, or the older one while somebody else reads a new one.
-    pub fn get<R: ReadState>(
-        &self,
-        read: impl FnOnce() -> (View<R>, u64),
-    ) -> Result<Arc<DroneList>, StateError> {
-        let known = self.list.read().unwrap_or_else(PoisonError::into_inner).clone();
-        let _reading: MutexGuard<'_, ()> = match known {
-            Some((at, list)) if at.elapsed() <= LIST_VALID => return Ok(list),
-            Some((_, list)) => match self.reading.try_lock() {
-                Ok(guard) => guard,
-                Err(_) => return Ok(list),
-            },
-            None => self.reading.lock().unwrap_or_else(PoisonError::into_inner),
-        };
-        let (view, now_ms) = read();
-        self.refresh(&view, now_ms)
+    fn known(&self) -> Option<Known> {
+        self.known.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Reads a list from `view` and keeps it.
-    pub fn refresh<R: ReadState>(&self, view: &View<R>, now_ms: u64) -> Result<Arc<DroneList>, StateError> {
-        let list = Arc::new(DroneList::read(view, now_ms)?);
-        *self.list.write().unwrap_or_else(PoisonError::into_inner) =
-            Some((Instant::now(), Arc::clone(&list)));
+    /// A list that is at most [`LIST_VALID`] old, or the older one while somebody else reads a new one. `state` gives a
+    /// state and its cluster time in milliseconds.
+    pub async fn get<R: ReadState + Send + 'static>(
+        &self,
+        state: impl FnOnce() -> (View<R>, u64),
+    ) -> Result<Arc<DroneList>, StateError> {
+        let valid = |known: &Known| known.at.elapsed() <= LIST_VALID;
+        let reading = match self.known() {
+            Some(known) if valid(&known) => return Ok(known.list),
+            Some(known) => match self.reading.try_lock() {
+                Ok(reading) => reading,
+                Err(_) => return Ok(known.list),
+            },
+            None => self.reading.lock().await,
+        };
+        match self.known() {
+            // Somebody has just read it.
+            Some(known) if valid(&known) => Ok(known.list),
+            known => self.read(&reading, state(), known.map_or(0, |known| known.after)).await,
+        }
+    }
+
+    /// A list that was read after `asked`, from `state` (with its cluster time in milliseconds) if nobody else has done so.
+    /// It waits until a list may be read again, so that requests that no drone fits don't make one each.
+    pub async fn newer_than<R: ReadState + Send + 'static>(
+        &self,
+        asked: Instant,
+        state: (View<R>, u64),
+    ) -> Result<Arc<DroneList>, StateError> {
+        let reading = self.reading.lock().await;
+        let known = self.known();
+        if let Some(known) = &known {
+            if known.at >= asked {
+                return Ok(Arc::clone(&known.list));
+            }
+            tokio::time::sleep_until(known.at + LIST_VALID).await;
+        }
+        self.read(&reading, state, known.map_or(0, |known| known.after)).await
+    }
+
+    async fn read<R: ReadState + Send + 'static>(
+        &self,
+        _reading: &MutexGuard<'_, ()>,
+        (view, now_ms): (View<R>, u64),
+        after: i32,
+    ) -> Result<Arc<DroneList>, StateError> {
+        let at = Instant::now();
+        let read =
+            tokio::task::spawn_blocking(move || DroneList::read(&view, now_ms, after, LIST_DRONES_MAX));
+        let (list, after) =
+            read.await.unwrap_or_else(|error| Err(StateError::Read(format!("the drones: {error}"))))?;
+        let list = Arc::new(list);
+        *self.known.write().unwrap_or_else(PoisonError::into_inner) =
+            Some(Known { at, list: Arc::clone(&list), after });
         Ok(list)
     }
 }
@@ -117,8 +188,11 @@ impl DroneCache {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use holdfast_core::records::HeartbeatRecord;
+    use holdfast_core::codec::encode;
+    use holdfast_core::kv::{MemState, Row, Table, Writes, keys};
+    use holdfast_core::records::{ClusterRecord, HeartbeatRecord};
     use std::collections::BTreeSet;
+    use std::sync::atomic::{AtomicU32, Ordering};
 
     fn drone(pool: &str, heartbeat_at_ms: Option<u64>, draining: bool) -> DroneRecord {
         DroneRecord {
@@ -138,6 +212,91 @@ mod tests {
                 term: at_ms / 10,
                 local_time_ms: 0,
             }),
+        }
+    }
+
+    /// A formed cluster with the drones 1 to `count`, all fit at 100 ms.
+    fn state(count: i32) -> MemState {
+        let cluster = ClusterRecord {
+            cluster_id: "x".into(),
+            token_secret: [0; 32],
+            lease: holdfast_wire::LeaseConfig::default(),
+            terminated_keep_ms: 0,
+        };
+        let mut writes = Writes::new();
+        writes.insert((Table::Meta, keys::CLUSTER.to_vec()), Some(encode(&cluster)));
+        for id in 1..=count {
+            writes
+                .insert((Table::Drones, keys::drone(id).to_vec()), Some(encode(&drone("", Some(90), false))));
+        }
+        let mut state = MemState::default();
+        state.commit(writes);
+        state
+    }
+
+    /// Counts the lists that are read from it.
+    #[derive(Clone)]
+    struct Counted(Arc<(MemState, AtomicU32)>);
+
+    impl ReadState for Counted {
+        fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, StateError> {
+            if table == Table::Meta {
+                self.0.1.fetch_add(1, Ordering::SeqCst);
+            }
+            self.0.0.get(table, key)
+        }
+
+        fn scan(
+            &self,
+            table: Table,
+            start: &[u8],
+            end: Option<&[u8]>,
+            limit: usize,
+        ) -> Result<Vec<Row>, StateError> {
+            self.0.0.scan(table, start, end, limit)
+        }
+    }
+
+    #[test]
+    fn a_list_looks_at_a_bounded_number_of_drones_and_the_next_one_goes_on() {
+        let view = View(state(5));
+        let read = |after, drones_max| {
+            let (list, next) = DroneList::read(&view, 100, after, drones_max).unwrap();
+            let fit = list.pools.into_values().flatten();
+            (fit.map(|fit| fit.drone_id).collect::<Vec<_>>(), next)
+        };
+        assert_eq!(read(0, 2), (vec![1, 2], 2));
+        assert_eq!(read(2, 2), (vec![3, 4], 4));
+        assert_eq!(read(4, 2), (vec![5, 1], 1));
+        assert_eq!(read(4, 4), (vec![5, 1, 2, 3], 3));
+        assert_eq!(read(3, 9), (vec![4, 5, 1, 2, 3], 0));
+        assert_eq!(read(0, 5).0, [1, 2, 3, 4, 5]);
+        assert_eq!(read(77, 9).0, [1, 2, 3, 4, 5]);
+        assert_eq!(DroneList::read(&View(MemState::default()), 100, 0, 9).unwrap().1, 0);
+    }
+
+    #[tokio::test]
+    async fn however_many_ask_the_drones_are_read_no_more_often_than_a_list_is_valid() {
+        let counted = Counted(Arc::new((state(3), AtomicU32::new(0))));
+        let cache = DroneCache::default();
+        let start = Instant::now();
+        let most = || 1 + u32::try_from(start.elapsed().as_millis() / LIST_VALID.as_millis()).unwrap();
+        let reads = || counted.0.1.load(Ordering::SeqCst);
+        futures::future::join_all((0..50).map(|_| cache.get(|| (View(counted.clone()), 100)))).await;
+        assert!((1..=most()).contains(&reads()), "{}", reads());
+        for _ in 0..2 {
+            let before = reads();
+            let ask = || cache.newer_than(Instant::now(), (View(counted.clone()), 100));
+            let lists = futures::future::join_all((0..50).map(|_| ask())).await;
+            assert!(
+                lists.iter().all(|list| !list
+                    .as_ref()
+                    .unwrap()
+                    .pick("c:1", "", None, &mut rand::rng())
+                    .is_empty())
+            );
+            assert!(reads() > before, "a list that is older than the question does not do");
+            assert!(reads() <= most(), "{}", reads());
         }
     }
 

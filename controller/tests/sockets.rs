@@ -126,3 +126,44 @@ async fn a_stopping_controller_sends_its_drones_elsewhere() {
     let (closed, ()) = tokio::join!(drone.closed(), server.stop());
     assert_eq!(closed, 4503);
 }
+
+#[tokio::test]
+async fn thousands_of_answers_at_once_reach_a_drone_that_reads_them() {
+    const COUNT: usize = 6_000;
+    let server = Server::start().await;
+    let mut drone = Drone::connect(&server, "dr-a", Some("one"), "").await;
+    for at in 0..COUNT {
+        drone.send(&json!({"RenewKey": {"backend": format!("ba-{at}"), "local_time": 5}})).await;
+    }
+    for at in 0..COUNT {
+        assert_eq!(drone.next("RenewKeyResponse").await["backend"], format!("ba-{at}"));
+    }
+    drone.send(&json!({"RenewKeys": {"local_time": 5, "keys": []}})).await;
+    drone.next("RenewKeysResponse").await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn hundreds_of_due_actions_reach_a_drone_that_reads_them() {
+    const COUNT: usize = 500;
+    let server = Server::start().await;
+    let first = Drone::connect(&server, "dr-a", Some("one"), "").await;
+    server.wait_for_drone("dr-a").await;
+    drop(first);
+    for at in 0..COUNT {
+        let request = json!({"key": {"name": format!("k{at}")}, "spawn_config": process()});
+        assert_eq!(server.post("/ctrl/connect", &request).await.0.as_u16(), 200);
+    }
+    let mut second = Drone::connect(&server, "dr-a", Some("one"), "").await;
+    let begun = std::time::Instant::now();
+    let mut seen = std::collections::BTreeSet::new();
+    while seen.len() < COUNT {
+        seen.insert(second.next("Action").await["action_id"].to_string());
+    }
+    assert!(
+        begun.elapsed() < Duration::from_secs(1),
+        "one turn after the other, not one tick: {:?}",
+        begun.elapsed()
+    );
+    server.stop().await;
+}

@@ -50,6 +50,19 @@ async fn a_follower_serves_connects_drones_streams_and_reads() {
 }
 
 #[tokio::test]
+async fn a_follower_says_who_can_hand_over_leadership() {
+    let servers = Server::start_cluster(3).await;
+    let leader = leader_of(&servers);
+    let (status, answer) =
+        servers[(leader + 1) % 3].post("/ctrl/cluster/transfer-leader", &Value::Null).await;
+    assert_eq!((status.as_u16(), &answer["kind"]), (400, &json!("InvalidRequest")), "{answer}");
+    assert!(answer["message"].as_str().unwrap().contains(&servers[leader].url), "{answer}");
+    let (status, answer) = servers[leader].post("/ctrl/cluster/transfer-leader", &Value::Null).await;
+    assert_eq!((status.as_u16(), answer), (200, json!({"updated": true})));
+    futures::future::join_all(servers.iter().map(Server::stop)).await;
+}
+
+#[tokio::test]
 async fn sixty_four_connects_over_three_controllers_start_one_backend() {
     let servers = Server::start_cluster(3).await;
     let _drone = Drone::connect(&servers[0], "dr-a", Some("one"), "").await;

@@ -13,13 +13,14 @@
 //!
 //! Invariants (numbers in brackets are those of the design):
 //!
-//! 1. A backend runs only before the `hard_terminate_at` of the latest deadlines granted for its key and token. Drone
-//!    *and* guard enforce it, on `CLOCK_BOOTTIME`, so that it holds while the drone is dead or stopped, and through a
-//!    suspension of the machine (1).
+//! 1. A backend runs only before the `hard_terminate_at` of the latest deadlines granted for its key and token. Drone,
+//!    guard *and* the init of its PID namespace enforce it, on `CLOCK_BOOTTIME`, so that it holds while the drone is dead
+//!    or the guard is stopped, and through a suspension of the machine (1).
 //! 2. Deadlines come from the moment a request was *made*, never from when its answer came; they never go back (1, 4).
 //! 3. A backend id is started at most once, and not after its `soft_terminate_at`, and not by deadlines of an earlier
 //!    process's time (1).
-//! 4. `terminated` is reported only when nothing of the backend is left, since it frees the key at once (1).
+//! 4. `terminated` is reported only when nothing of the backend is left, since it frees the key at once (1); so never for
+//!    a backend that an earlier process may have started, whose guard may still run it.
 //! 5. Every state is reported in order and again until it is acknowledged.
 //! 6. Every queue, log, map and wait has a named bound (7).
 

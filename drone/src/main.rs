@@ -7,6 +7,7 @@ use holdfast_drone::config::{Config, Flags};
 use holdfast_drone::data_dir::DataDir;
 use holdfast_drone::discovery::Discovery;
 use holdfast_drone::guard::{self, GUARD_ARGUMENT};
+use holdfast_drone::open_files::OpenFiles;
 use holdfast_drone::runtime::process::ProcessRuntime;
 use holdfast_drone::session::{Identity, Session, random_incarnation};
 use std::io;
@@ -50,6 +51,16 @@ fn main() -> ExitCode {
     if let Err(e) = nix::sys::prctl::set_child_subreaper(true) {
         warn!("cannot become a child subreaper: {e}");
     }
+    let open_files = match OpenFiles::raise() {
+        Ok((before, after)) => {
+            info!(from = before.soft, to = after.soft, "limit of open files raised as far as it may be");
+            Some(before)
+        }
+        Err(e) => {
+            warn!("cannot raise the limit of open files: {e}");
+            None
+        }
+    };
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => {
@@ -57,7 +68,7 @@ fn main() -> ExitCode {
             return ExitCode::from(EXIT_FAILED);
         }
     };
-    match runtime.block_on(run(config, clock, data_dir)) {
+    match runtime.block_on(run(config, clock, data_dir, open_files)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             error!("{e}");
@@ -75,6 +86,7 @@ async fn run(
     config: Config,
     clock: DroneClock,
     data_dir: DataDir,
+    backends_open_files: Option<OpenFiles>,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let identity = Identity {
         name: config.name,
@@ -84,7 +96,11 @@ async fn run(
     };
     info!(name = identity.name, incarnation = identity.incarnation, "drone starts");
     let (inputs, waiting) = mpsc::channel(INPUTS_MAX);
-    let backends = Arc::new(ProcessRuntime::new(clock, data_dir.backends()));
+    let mut backends = ProcessRuntime::new(clock, data_dir.backends());
+    if let Some(open_files) = backends_open_files {
+        backends = backends.with_open_files(open_files);
+    }
+    let backends = Arc::new(backends);
     let agent = Agent::new(clock, data_dir, backends, config.ip, inputs.clone())?;
     let session = Session::new(identity, clock, Discovery::new(config.controllers)?, inputs.clone());
     let stop = CancellationToken::new();

@@ -5,6 +5,8 @@
 mod common;
 
 use common::*;
+use holdfast_drone::open_files::OpenFiles;
+use holdfast_drone::processes;
 use holdfast_wire::drone::{
     Action, MessageFromDrone, MessageToDrone, RenewKeysResponse, RenewRefusal, RenewedKey,
 };
@@ -141,28 +143,38 @@ async fn events_are_repeated_until_acknowledged_also_over_a_new_session() {
 
 #[tokio::test]
 async fn a_spawn_that_comes_too_late_or_from_another_time_is_not_started() {
-    let mut fake = Fake::start(lease(30_000, 40_000, 50_000)).await;
+    let mut fake = Fake::start(lease(100, 300, 10_000)).await;
     let dir = tempfile::tempdir().unwrap();
     let _drone = Drone::start(&fake.url, dir.path());
     let mut conn = fake.conn().await;
     let now = conn.heartbeat().await;
     let hour_ms = 3_600_000;
-    // Past its soft deadline; of a process whose clock was ahead; of one that ended before this one started.
+    let script = format!("touch {}/started", dir.path().display());
+    // Of a process whose clock was ahead; of ones that ended before this one started. They may have started it, and
+    // their guards may run it still: nothing is reported, or its key would be free.
     for (backend, local_time) in
-        [("ba-late", now - 40_000), ("ba-future", now + hour_ms), ("ba-past", now - 30_000)]
+        [("ba-future", now + hour_ms), ("ba-past", now - 30_000), ("ba-old", now - hour_ms)]
     {
-        let script = format!("touch {}/started", dir.path().display());
-        conn.act("a", backend, conn.spawn_action(&script, local_time));
-        assert_eq!(
-            conn.expect(backend, BackendStatus::Terminated).await,
-            BackendState::Terminated {
-                last_status: BackendStatus::Scheduled,
-                termination: None,
-                reason: Some(TerminationReason::KeyExpired),
-                exit_code: None,
-            }
-        );
+        conn.act(backend, backend, conn.spawn_action(&script, local_time));
+        conn.until("an acknowledgement", |message| match message {
+            MessageFromDrone::AckAction { action_id } if action_id == backend => Some(()),
+            MessageFromDrone::BackendEvent(event) => panic!("{event:?}"),
+            _ => None,
+        })
+        .await;
     }
+    // Past the soft deadline of its own time: reported. (So nothing was reported for the others before.)
+    while conn.heartbeat().await < now + 300 {}
+    conn.act("a", "ba-late", conn.spawn_action(&script, now));
+    assert_eq!(
+        conn.expect("ba-late", BackendStatus::Terminated).await,
+        BackendState::Terminated {
+            last_status: BackendStatus::Scheduled,
+            termination: None,
+            reason: Some(TerminationReason::KeyExpired),
+            exit_code: None,
+        }
+    );
     assert!(!dir.path().join("started").exists());
 }
 
@@ -289,7 +301,16 @@ async fn without_a_controller_and_without_a_drone_a_backend_ends_at_its_deadline
     drone.process.kill().unwrap();
     drone.process.wait().unwrap();
     assert!(alive(backend) >= 3, "the drone's death alone does not end it");
+    // By this a later drone knows that the directory is in use.
+    let guard_log = std::fs::File::open(dir.path().join("backends").join(backend).join("guard.log")).unwrap();
+    assert!(guard_log.try_lock().is_err());
     vanished(backend).await;
+    soon("the guard ends", async {
+        while guard_log.try_lock().is_err() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
     assert!(heard.elapsed() < Duration::from_millis(2_500 + 1_500));
     // Its data directory is free for the next one.
     let _next = Drone::start(&fake.url, dir.path());
@@ -313,6 +334,44 @@ async fn a_stopping_drone_ends_and_reports_its_backends_and_exits_with_0() {
         BackendState::Terminated { reason: Some(TerminationReason::Swept), exit_code: Some(3), .. }
     ));
     assert_eq!(drone.ended().await.code(), Some(0));
+}
+
+#[tokio::test]
+async fn a_stopping_drone_does_not_report_a_running_backend_as_ended_when_its_spawn_is_repeated() {
+    let mut fake = Fake::start(lease(30_000, 40_000, 50_000)).await;
+    let dir = tempfile::tempdir().unwrap();
+    let mut drone = Drone::start(&fake.url, dir.path());
+    let mut conn = fake.conn().await;
+    let backend = "ba-repeated";
+    conn.waiting(backend, STUBBORN).await;
+    drone.wrote(backend, "up").await;
+    drone.signal(Signal::SIGTERM);
+    conn.expect(backend, BackendStatus::Terminating).await;
+    // All events so far are acknowledged by then.
+    conn.heartbeat().await;
+    for (action_id, script) in [("the same", STUBBORN), ("no program", "")] {
+        let mut spawn = conn.spawn_action(script, conn.latest_heartbeat);
+        if let (Action::Spawn { executable, .. }, true) = (&mut spawn, script.is_empty()) {
+            *executable = serde_json::json!({});
+        }
+        conn.act(action_id, backend, spawn);
+        conn.until("an acknowledgement", |message| match message {
+            MessageFromDrone::AckAction { action_id: id } if id == action_id => Some(()),
+            MessageFromDrone::BackendEvent(event) => panic!("{event:?}"),
+            _ => None,
+        })
+        .await;
+    }
+    // What it has not started is refused, and reported.
+    conn.act("new", "ba-new", conn.spawn_action(FOREVER, conn.latest_heartbeat));
+    let refused = conn.expect("ba-new", BackendStatus::Terminated).await;
+    assert!(matches!(refused, BackendState::Terminated { reason: Some(TerminationReason::Swept), .. }));
+    assert!(alive(backend) > 0);
+    drone.signal(Signal::SIGTERM);
+    conn.expect(backend, BackendStatus::HardTerminating).await;
+    conn.expect(backend, BackendStatus::Terminated).await;
+    assert_eq!(drone.ended().await.code(), Some(0));
+    assert_eq!(alive(backend), 0);
 }
 
 #[tokio::test]
@@ -353,6 +412,66 @@ async fn a_guard_that_is_killed_takes_its_backend_along_and_that_is_reported() {
         BackendState::Terminated { termination: None, reason: Some(TerminationReason::InternalError), .. }
     ));
     assert_eq!(alive("ba-guardless"), 0);
+}
+
+#[tokio::test]
+async fn a_guard_that_is_killed_before_it_has_reported_the_start_leaves_nothing_either() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("skipped: only root can make PID namespaces");
+        return;
+    }
+    let mut fake = Fake::start(lease(30_000, 40_000, 50_000)).await;
+    let dir = tempfile::tempdir().unwrap();
+    let drone = Drone::start(&fake.url, dir.path());
+    let mut conn = fake.conn().await;
+    let backend = "ba-unreported";
+    let program = dir.path().join("program");
+    // The guard waits for the exec.
+    let _leased = leased_program(&program);
+    let now = conn.heartbeat().await;
+    let Action::Spawn { key, .. } = conn.spawn_action("", now) else { unreachable!() };
+    let executable = serde_json::json!({"command": [program]});
+    conn.act("a", backend, Action::Spawn { executable, key, static_token: None });
+    conn.expect(backend, BackendStatus::Loading).await;
+    conn.expect(backend, BackendStatus::Starting).await;
+    let guard = soon("the guard has forked init and backend", async {
+        loop {
+            if let [guard] = drone.guards()[..]
+                && processes::all().iter().filter(|p| p.parent == guard.as_raw()).count() == 2
+            {
+                return guard;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+    nix::sys::signal::kill(guard, Signal::SIGKILL).unwrap();
+    let terminated = conn.expect(backend, BackendStatus::Terminated).await;
+    assert!(matches!(
+        terminated,
+        BackendState::Terminated { termination: None, reason: Some(TerminationReason::InternalError), .. }
+    ));
+    assert_eq!(drone.guards(), [], "no zombies are left either");
+}
+
+#[tokio::test]
+async fn the_drone_takes_all_open_files_it_may_have_and_its_backends_what_it_was_given() {
+    use std::os::unix::process::CommandExt;
+    const SOFT: u64 = 256;
+    let mut fake = Fake::start(lease(30_000, 40_000, 50_000)).await;
+    let dir = tempfile::tempdir().unwrap();
+    let given = OpenFiles { soft: SOFT, ..OpenFiles::current().unwrap() };
+    let mut command = Drone::command(&fake.url, dir.path());
+    // SAFETY: async-signal-safe.
+    unsafe { command.pre_exec(move || given.apply()) };
+    let drone = Drone { process: command.spawn().unwrap(), data_dir: dir.path().to_owned() };
+    let mut conn = fake.conn().await;
+    conn.waiting("ba-files", "echo soft=$(ulimit -Sn).; exec sleep 300").await;
+    drone.wrote("ba-files", &format!("soft={SOFT}.\n")).await;
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", drone.process.id())).unwrap();
+    let line = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+    let hard = given.hard.to_string();
+    assert_eq!(line.split_ascii_whitespace().skip(3).take(2).collect::<Vec<_>>(), [&hard, &hard]);
 }
 
 #[tokio::test]
@@ -469,6 +588,12 @@ async fn a_guard_that_does_not_do_its_work_is_killed() {
     drone.wrote("ba-stuck-guard", "up").await;
     let [guard] = drone.guards()[..] else { panic!("one guard: {:?}", drone.guards()) };
     nix::sys::signal::kill(guard, Signal::SIGSTOP).unwrap();
+    // Stopped for so long that nothing more can be told to it.
+    use std::io::Write;
+    use std::os::unix::fs::OpenOptionsExt;
+    let pipe = format!("/proc/{guard}/fd/0");
+    let mut pipe = std::fs::OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(pipe).unwrap();
+    while pipe.write(b"\n").is_ok() {}
     conn.act("end", "ba-stuck-guard", terminate(TerminationKind::Hard));
     conn.expect("ba-stuck-guard", BackendStatus::HardTerminating).await;
     conn.expect("ba-stuck-guard", BackendStatus::Terminated).await;
@@ -493,12 +618,18 @@ async fn without_root_the_drone_ends_what_a_killed_guard_leaves() {
     let drone = Drone { process, data_dir: dir.path().to_owned() };
     let mut conn = fake.conn().await;
     let backend = "ba-unrooted";
-    conn.waiting(backend, "trap '' TERM; setsid sleep 300 & echo up; while :; do sleep 300; done").await;
-    drone.wrote(backend, "up").await;
+    // One that names the backend, and one whose child names nothing.
+    let script = "trap '' TERM; setsid sleep 300 & env -i PATH=$PATH setsid sh -c 'sleep 300 & echo $! >&2; wait' & \
+                  while :; do sleep 300; done";
+    conn.waiting(backend, script).await;
+    drone.wrote(backend, "\n").await;
+    let nameless: i32 = drone.output(backend).trim().parse().unwrap();
+    assert!(processes::one(nameless).is_some());
     let [guard] = drone.guards()[..] else { panic!("one guard: {:?}", drone.guards()) };
     nix::sys::signal::kill(guard, Signal::SIGKILL).unwrap();
     conn.expect(backend, BackendStatus::Terminated).await;
     assert_eq!(alive(backend), 0);
+    assert!(processes::one(nameless).is_none());
     assert_eq!(drone.guards(), [], "no zombies are left either");
 }
 

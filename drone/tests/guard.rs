@@ -3,8 +3,11 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on has failed")]
 
+mod common;
+
 use holdfast_drone::clock::boot_ms;
 use holdfast_drone::guard::{Arm, EndNow, Report, Update};
+use holdfast_drone::processes;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::collections::BTreeMap;
@@ -63,6 +66,7 @@ fn guarded_by(mut program: Command, command: &[&str], update: Update) -> Guarded
         ]),
         cwd: dir.path().to_owned(),
         log: dir.path().join("output.log"),
+        open_files: None,
         update,
     };
     let mut stdin = guard.stdin.take().unwrap();
@@ -228,6 +232,85 @@ fn the_death_of_the_guard_is_the_death_of_everything_below_it() {
     guarded.wait_for_marked(|n| n >= 4);
     guarded.guard.kill().unwrap();
     guarded.wait_for_marked(|n| n == 0);
+}
+
+/// What a stopped guard's family does: it ends at the hard deadline; the guard finds out when it goes on.
+fn ends_though_the_guard_is_stopped(mut guarded: Guarded, update: Update) {
+    guarded.started();
+    guarded.wait_for_file("up");
+    let guard = Pid::from_raw(i32::try_from(guarded.guard.id()).unwrap());
+    kill(guard, Signal::SIGSTOP).unwrap();
+    // Nobody else is left who could do it.
+    drop(guarded.stdin.take());
+    guarded.wait_for_marked(|n| n == 0);
+    let at = boot_ms();
+    assert!(at >= update.hard_boot_ms && at < update.hard_boot_ms + LATE_MS, "{}", at - update.hard_boot_ms);
+    kill(guard, Signal::SIGCONT).unwrap();
+    assert_eq!(guarded.event(), Report::Killing);
+    assert_eq!(guarded.event(), Report::Exited { code: None, signal: Some(9) });
+    assert_eq!(guarded.event(), Report::Gone);
+}
+
+#[test]
+fn a_backend_whose_guard_is_stopped_and_whose_drone_is_dead_ends_at_the_hard_deadline() {
+    if !is_root() {
+        eprintln!("skipped: only root can make PID namespaces");
+        return;
+    }
+    let update = update(1_500, 2_000, None);
+    ends_though_the_guard_is_stopped(guarded(STUBBORN_FAMILY, update), update);
+}
+
+#[test]
+fn so_it_does_without_a_namespace() {
+    if !is_root() || !readable_by_others(Path::new(GUARD)) {
+        eprintln!("skipped: cannot start a guard as another user here");
+        return;
+    }
+    let mut guard = Command::new(GUARD);
+    guard.uid(NOBODY).gid(NOBODY);
+    let update = update(1_500, 2_000, None);
+    ends_though_the_guard_is_stopped(guarded_by(guard, &["sh", "-c", STUBBORN_FAMILY], update), update);
+}
+
+/// A program whose exec hangs, as on a file system that does not answer.
+fn hangs_before_its_exec(guard: Command) {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
+    let program = dir.path().join("program");
+    let _leased = common::leased_program(&program);
+    let update = update(1_500, 2_000, None);
+    let mut guarded = guarded_by(guard, &[program.to_str().unwrap()], update);
+    drop(guarded.stdin.take());
+    let guard = i32::try_from(guarded.guard.id()).unwrap();
+    let end = Instant::now() + PATIENCE;
+    while processes::all().iter().filter(|p| p.parent == guard).count() < 2 {
+        assert!(Instant::now() < end, "no child that hangs");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let mut reports = Vec::new();
+    while reports.last() != Some(&Report::Gone) {
+        reports.push(guarded.event());
+    }
+    let at = boot_ms();
+    assert!(at >= update.hard_boot_ms && at < update.hard_boot_ms + LATE_MS, "{}", at - update.hard_boot_ms);
+    assert!(reports.contains(&Report::Exited { code: None, signal: Some(9) }), "{reports:?}");
+}
+
+#[test]
+fn a_backend_that_hangs_before_its_exec_ends_at_the_hard_deadline() {
+    hangs_before_its_exec(Command::new(GUARD));
+}
+
+#[test]
+fn so_does_one_without_a_namespace() {
+    if !is_root() || !readable_by_others(Path::new(GUARD)) {
+        eprintln!("skipped: cannot start a guard as another user here");
+        return;
+    }
+    let mut guard = Command::new(GUARD);
+    guard.uid(NOBODY).gid(NOBODY);
+    hangs_before_its_exec(guard);
 }
 
 #[test]

@@ -123,7 +123,9 @@ async fn fifty_keys_and_their_clients_survive_the_death_of_the_leader() {
     assert_ne!(cluster.leader().await, old);
 
     // Every acknowledged connect is still true.
-    held.extend(acknowledged.iter().flat_map(|all| all.lock().unwrap().clone()).map(|a| (a.key.name.clone(), a)));
+    held.extend(
+        acknowledged.iter().flat_map(|all| all.lock().unwrap().clone()).map(|a| (a.key.name.clone(), a)),
+    );
     assert_undisturbed(&cluster, &held).await;
     // The new leader renews them all, the old one catches up and agrees.
     wait_renewed(&cluster, &held, killed_ms + 1_000).await;
@@ -153,7 +155,9 @@ async fn everything_acknowledged_survives_the_death_of_all_controllers_at_once()
         }
         let after = cluster.info().await;
         assert_eq!(after.cluster_id, before.cluster_id);
-        assert!(after.term > before.term && after.cluster_time >= before.cluster_time);
+        assert!(after.term > before.term, "{before:?} {after:?}");
+        // The last entry's, not the last that a leader's live clock has shown: that may be up to a tick (1 s) more.
+        assert!(after.cluster_time + 1_500 > before.cluster_time, "{before:?} {after:?}");
         assert_undisturbed(&cluster, &held).await;
         wait_renewed(&cluster, &held, before.cluster_time + 1_000).await;
         // Tokens go on growing.
@@ -166,8 +170,11 @@ async fn everything_acknowledged_survives_the_death_of_all_controllers_at_once()
 #[tokio::test]
 async fn a_leader_that_is_told_to_stop_hands_over_and_finishes_what_it_has_begun() {
     // An election alone would take far longer than this test allows.
-    let mut cluster =
-        Cluster::builder().lease("renew=2s,soft=15s,hard=18s,expiry=25s").election_timeout("4s").start().await;
+    let mut cluster = Cluster::builder()
+        .lease("renew=2s,soft=15s,hard=18s,expiry=25s")
+        .election_timeout("4s")
+        .start()
+        .await;
     let held = hold(&cluster, 5).await;
     let old = cluster.leader().await;
     let url = format!("{}/ctrl/connect", cluster.url(old));
@@ -182,10 +189,11 @@ async fn a_leader_that_is_told_to_stop_hands_over_and_finishes_what_it_has_begun
     let begin = Instant::now();
     cluster.controllers[old].signal(Signal::SIGTERM);
 
-    let mut acknowledged = held;
+    let (mut acknowledged, mut under_way) = (held, 0);
     for request in requests {
         match request.await.unwrap() {
             Ok(answer) if answer.status.is_success() => {
+                under_way += 1;
                 let answer: ConnectResponse = answer.read();
                 acknowledged.insert(answer.key.name.clone(), answer);
             }
@@ -194,6 +202,8 @@ async fn a_leader_that_is_told_to_stop_hands_over_and_finishes_what_it_has_begun
             Err(error) => assert!(error.is_connect(), "{error:?}"),
         }
     }
+    println!("{under_way} of the requests under way were acknowledged");
+    assert!(under_way > 0, "none was under way: this test has tested nothing");
     let status = cluster.controllers[old].wait(LONG).await;
     assert_eq!(status.code(), Some(0), "{}", cluster.controllers[old].log());
     let new = cluster.leader_other_than(old).await;
@@ -224,8 +234,8 @@ async fn a_leader_that_slept_through_its_deposition_neither_answers_from_old_sta
     assert!(http.send(Method::POST, &terminate, &[], None).await.unwrap().status.is_success());
     let second = wait_until("the key has another backend", LONG, async || {
         let answer = http.connect(&cluster.url(new), &request).await;
-        let moved = answer.status.is_success()
-            && answer.read::<ConnectResponse>().backend_id != first.backend_id;
+        let moved =
+            answer.status.is_success() && answer.read::<ConnectResponse>().backend_id != first.backend_id;
         if moved { Ok(answer.read::<ConnectResponse>()) } else { Err(answer) }
     })
     .await;
@@ -264,7 +274,10 @@ async fn a_leader_that_slept_through_its_deposition_neither_answers_from_old_sta
     cluster.journal.assert_no_overlap();
     // And its own word for it is that of the others.
     let status = cluster.client().backend_status(&first.backend_id).await.unwrap();
-    assert_eq!((status.status, status.termination_kind), (BackendStatus::Terminated, Some(TerminationKind::Hard)));
+    assert_eq!(
+        (status.status, status.termination_kind),
+        (BackendStatus::Terminated, Some(TerminationKind::Hard))
+    );
 }
 
 #[tokio::test]

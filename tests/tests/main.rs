@@ -335,7 +335,10 @@ async fn a_draining_drone_takes_no_new_backends_and_keeps_those_it_has() {
         let answer = client.connect(&cluster.backend().request(&format!("after-{i}"))).await.unwrap();
         assert_eq!(answer.drone.as_deref(), Some("dr-1"));
     }
-    assert_eq!(cluster.wait_status(&on_first.backend_id, BackendStatus::Ready).await.status, BackendStatus::Ready);
+    assert_eq!(
+        cluster.wait_status(&on_first.backend_id, BackendStatus::Ready).await.status,
+        BackendStatus::Ready
+    );
     assert!(client.drain(&cluster.name, "dr-1").await.unwrap().updated);
     let none = cluster.http.connect(&cluster.url(0), &cluster.backend().request("none")).await;
     none.refused(ApiErrorKind::NoDroneAvailable);

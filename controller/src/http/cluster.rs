@@ -8,7 +8,7 @@ use axum::extract::State;
 use holdfast_wire::ApiErrorKind;
 use holdfast_wire::drone::VersionInfo;
 use holdfast_wire::http::{Checksum, ClusterInfo, DrainResult, MemberInfo, StatusResponse};
-use raft_store::{MemberStatus, ReplicaStatus};
+use raft_store::{LeaderInfo, MemberStatus, ReplicaStatus};
 use serde_json::{Value, json};
 use std::time::Duration;
 
@@ -82,20 +82,34 @@ pub async fn cluster(State(app): State<App>, query: QueryArgs) -> Result<Json<Cl
     }))
 }
 
-/// POST `/ctrl/cluster/transfer-leader`: if this replica leads, another takes over. `x-holdfast-leader` says whom to ask
-/// otherwise.
+/// POST `/ctrl/cluster/transfer-leader`: another member takes over from this one, which must lead.
 pub async fn transfer_leader(State(app): State<App>, write: Write) -> Result<Json<DrainResult>, Failure> {
     write.ignored_body()?;
-    if !app.store.status().is_leader {
-        return Ok(Json(DrainResult { updated: false }));
+    let status = app.store.status();
+    if !status.is_leader {
+        return Err(not_the_leader(&status));
     }
     Ok(Json(DrainResult { updated: app.store.transfer_leadership(TRANSFER_DEADLINE).await }))
+}
+
+/// The request is not passed on: only the leader can hand over, and the caller may have meant this member.
+fn not_the_leader(status: &ReplicaStatus) -> Failure {
+    let this = format!("member {} does not lead, so it has nothing to hand over", status.id);
+    match &status.leader {
+        Some(LeaderInfo { url: Some(url), .. }) => {
+            Failure::new(ApiErrorKind::InvalidRequest, format!("{this}; ask the leader, {url}"))
+        }
+        Some(LeaderInfo { id, url: None }) => {
+            Failure::new(ApiErrorKind::InvalidRequest, format!("{this}; ask the leader, member {id}"))
+        }
+        // Nothing is wrong with the request.
+        None => Failure::new(ApiErrorKind::NoLeader, format!("{this}; nobody is known to lead now")),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use raft_store::LeaderInfo;
 
     fn replica(leader: Option<u64>) -> ReplicaStatus {
         ReplicaStatus {
@@ -112,6 +126,17 @@ mod tests {
 
     fn other(voter: bool, last_log: Option<u64>) -> MemberStatus {
         MemberStatus { id: 2, peer_addr: "a:1".into(), url: None, voter, last_log }
+    }
+
+    #[test]
+    fn who_does_not_lead_says_who_does() {
+        let mut status = replica(Some(2));
+        let failure = not_the_leader(&status);
+        assert_eq!(failure.kind, ApiErrorKind::InvalidRequest);
+        assert!(failure.message.contains("member 1 does not lead") && failure.message.ends_with("member 2"));
+        status.leader = Some(LeaderInfo { id: 2, url: Some("http://two:1".into()) });
+        assert!(not_the_leader(&status).message.ends_with("http://two:1"));
+        assert_eq!(not_the_leader(&replica(None)).kind, ApiErrorKind::NoLeader);
     }
 
     #[test]

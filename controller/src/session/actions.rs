@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 /// After how long an unacknowledged action is sent again.
 pub const RESEND_AFTER: Duration = Duration::from_secs(2);
+/// Actions that are queued in one turn, new ones and ones sent again each: a few dozen MiB if all of them are the largest.
+pub const ACTIONS_AT_ONCE_MAX: usize = 128;
 /// Pages of older actions that one round looks at.
 const RESEND_PAGES_MAX: usize = 4;
 
@@ -99,9 +101,16 @@ impl Tracker {
     }
 }
 
-/// An action as the drone gets it. The error is a spawn whose executable is not JSON, which no controller accepts.
-pub fn message(drone_id: i32, due: DueAction) -> Result<ActionMessage, serde_json::Error> {
+/// An action as the drone gets it that runs as `incarnation`. `None`: a spawn that was made for another one, whose clock
+/// its deadlines are in. The state says that too, but it may change between the session's look at the drone and its look
+/// at the actions. The error is a spawn whose executable is not JSON, which no controller accepts.
+pub fn message(
+    drone_id: i32,
+    incarnation: &str,
+    due: DueAction,
+) -> Result<Option<ActionMessage>, serde_json::Error> {
     let action = match due.record.action {
+        PendingAction::Spawn { incarnation: made_for, .. } if made_for != incarnation => return Ok(None),
         PendingAction::Spawn { local_time_ms, lease, token, executable_json, .. } => Action::Spawn {
             executable: serde_json::from_str(&executable_json)?,
             key: AcquiredKey { key: due.backend.key, deadlines: lease.deadlines(local_time_ms), token },
@@ -109,7 +118,7 @@ pub fn message(drone_id: i32, due: DueAction) -> Result<ActionMessage, serde_jso
         },
         PendingAction::Terminate { kind, reason } => Action::Terminate { kind, reason },
     };
-    Ok(ActionMessage { action_id: due.action_id, backend_id: due.record.backend_id, drone_id, action })
+    Ok(Some(ActionMessage { action_id: due.action_id, backend_id: due.record.backend_id, drone_id, action }))
 }
 
 #[cfg(test)]
@@ -209,19 +218,40 @@ mod tests {
         assert_eq!(all, (1..=count).collect::<Vec<_>>());
     }
 
-    #[test]
-    fn a_spawn_carries_the_key_with_deadlines_in_the_drones_time() {
-        let lease = LeaseConfig::default();
-        let spawn = PendingAction::Spawn {
-            incarnation: "i".into(),
+    fn spawn(incarnation: &str) -> PendingAction {
+        PendingAction::Spawn {
+            incarnation: incarnation.into(),
             local_time_ms: 1_000,
             heartbeat_at_ms: 0,
-            lease,
+            lease: LeaseConfig::default(),
             token: 17,
             executable_json: r#"{"command":["x"]}"#.into(),
+        }
+    }
+
+    #[test]
+    fn a_spawn_of_another_incarnation_is_left_out_and_holds_up_nothing() {
+        let start = Instant::now();
+        let mut tracker = Tracker::default();
+        let look = |after: Option<At>, limit: usize| {
+            let all = [due(1, spawn("new")), due(2, end()), due(3, spawn("mine"))];
+            let after = after.map_or(0, |(index, _)| index);
+            Ok::<_, Infallible>(all.into_iter().filter(|a| a.index > after).take(limit).collect::<Vec<_>>())
         };
+        let sent = |due: Result<Vec<DueAction>, Infallible>| -> Vec<String> {
+            let messages = due.unwrap().into_iter().map(|due| message(5, "mine", due).unwrap());
+            messages.flatten().map(|message| message.action_id).collect()
+        };
+        assert!(sent(tracker.fresh(start, 1, look)).is_empty());
+        assert_eq!(sent(tracker.fresh(start, 1, look)), ["ak-2-0"]);
+        assert_eq!(sent(tracker.fresh(start, 9, look)), ["ak-3-0"]);
+        assert_eq!(sent(tracker.again(start + RESEND_AFTER, 9, look)), ["ak-2-0", "ak-3-0"]);
+    }
+
+    #[test]
+    fn a_spawn_carries_the_key_with_deadlines_in_the_drones_time() {
         assert_eq!(
-            serde_json::to_value(message(5, due(17, spawn)).unwrap()).unwrap(),
+            serde_json::to_value(message(5, "i", due(17, spawn("i"))).unwrap()).unwrap(),
             json!({"action_id": "ak-17-0", "backend_id": "ba-17", "drone_id": 5, "action": {"Spawn": {
                 "executable": {"command": ["x"]},
                 "key": {"key": {"name": "k", "namespace": "", "tag": ""}, "token": 17,

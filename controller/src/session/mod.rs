@@ -16,11 +16,13 @@
 //!    them has passed.
 //! 3. State reports are proposed one batch at a time, in the order they came, and acknowledged after they are applied.
 //! 4. Every queue is bounded; what does not fit is left unanswered and the drone sends it again.
+//! 5. A spawn goes only to the incarnation for which it was made.
 
 pub mod actions;
 pub mod frames;
 pub mod heartbeats;
 mod jobs;
+mod outbox;
 pub mod registry;
 pub mod renewals;
 mod run;
@@ -43,8 +45,11 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tracing::Instrument;
 
-/// Messages on the way to a drone. Each session has its own queue.
-const OUT_QUEUE_MAX: usize = 1024;
+/// Largest message that a drone takes, in bytes (the drone's own bound). No message comes near it: see the tests of
+/// `connect` (spawns) and `renewals` (answers).
+pub const DRONE_FRAME_BYTES_MAX: usize = 2 * BODY_BYTES_MAX;
+/// Messages on the way to a drone's writer; more wait in the session's outbox.
+const OUT_QUEUE_MAX: usize = 128;
 /// How long one message may take to be sent before the drone counts as gone.
 const SEND_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a drone may take to answer a close.
@@ -109,23 +114,26 @@ pub async fn open(
 async fn serve(app: App, cluster: String, pool: String, socket: WebSocket) {
     let (sink, mut stream) = socket.split();
     let (out, queue) = mpsc::channel(OUT_QUEUE_MAX);
-    let writer = app.tasks.spawn(write(sink, queue));
+    let mut writer = app.tasks.spawn(write(sink, queue));
     let end = match start::start(&app, cluster, pool, &mut stream, &out).await {
-        Ok(session) => session.run(&mut stream).await,
+        Ok((session, early)) => session.run(early, &mut stream).await,
         Err(end) => end,
     };
     tracing::info!(%end, "drone session ended");
     let told = if let End::Close { code, reason } = &end {
         let reason = frames::truncated(reason, CLOSE_REASON_BYTES_MAX);
         let frame = Message::Close(Some(CloseFrame { code: *code, reason: reason.into() }));
-        // Full means that the drone does not read.
-        out.try_send(frame).is_ok()
+        // Full for so long means that the drone does not read.
+        out.send_timeout(frame, SEND_TIMEOUT).await.is_ok()
     } else {
         false
     };
     drop(out);
-    // It ends by itself: the queue is closed, and every send is bounded.
-    let _ = writer.await;
+    // It ends by itself: the queue is closed, and every send is bounded. But a drone that takes one message now and then
+    // is not waited for.
+    if tokio::time::timeout(SEND_TIMEOUT, &mut writer).await.is_err() {
+        writer.abort();
+    }
     if told {
         // Closing a connection with unread frames would reset it, and the drone might never see the reason.
         let rest = async { while let Some(Ok(_)) = stream.next().await {} };
@@ -133,23 +141,29 @@ async fn serve(app: App, cluster: String, pool: String, socket: WebSocket) {
     }
 }
 
-/// Sends what the session queues. Ends with the queue, after a close frame, or when the drone does not take it in time.
+/// Sends what the session queues. Ends with the queue, after a close frame, or when the drone does not take a message in
+/// time.
 async fn write(mut sink: SplitSink<WebSocket, Message>, mut queue: mpsc::Receiver<Message>) {
     while let Some(message) = queue.recv().await {
-        let mut closing = matches!(message, Message::Close(_));
-        let send = async {
-            sink.feed(message).await?;
-            // One flush for all that is queued.
-            while !closing && let Ok(message) = queue.try_recv() {
-                closing = matches!(message, Message::Close(_));
-                sink.feed(message).await?;
+        let mut next = Some(message);
+        let mut closing = false;
+        // One flush for all that is queued. Each message has its own time: many in a row are no standstill.
+        while let Some(message) = next.take() {
+            closing = matches!(message, Message::Close(_));
+            if !in_time(sink.feed(message)).await {
+                return;
             }
-            sink.flush().await
-        };
-        match tokio::time::timeout(SEND_TIMEOUT, send).await {
-            Ok(Ok(())) if !closing => {}
-            _ => break,
+            if !closing {
+                next = queue.try_recv().ok();
+            }
+        }
+        if !in_time(sink.flush()).await || closing {
+            break;
         }
     }
-    let _ = tokio::time::timeout(SEND_TIMEOUT, sink.close()).await;
+    in_time(sink.close()).await;
+}
+
+async fn in_time(sending: impl Future<Output = Result<(), axum::Error>>) -> bool {
+    matches!(tokio::time::timeout(SEND_TIMEOUT, sending).await, Ok(Ok(())))
 }

@@ -161,6 +161,7 @@ pub fn answers(
 mod tests {
     use super::*;
     use holdfast_wire::drone::RenewItem;
+    use holdfast_wire::limits::{NAME_BYTES_MAX, RENEW_KEYS_MAX};
 
     fn batch(local_time: i64, count: usize, received: Instant) -> Request {
         let keys = (0..count).map(|i| RenewItem { backend: format!("ba-{i}"), token: 7 }).collect();
@@ -232,6 +233,17 @@ mod tests {
         assert!(at(39_999).is_some());
         assert!(at(40_000).is_none());
         assert_eq!(give_up_at(&[batch(1, 1, received)], &lease), Some(received + Duration::from_secs(20)));
+    }
+
+    #[test]
+    fn the_largest_answer_reaches_the_drone() {
+        let now = Instant::now();
+        let keys = (0..RENEW_KEYS_MAX).map(|_| RenewItem { backend: "b".repeat(NAME_BYTES_MAX), token: 7 });
+        let request = RenewKeysRequest { local_time: i64::MIN / 2, keys: keys.collect() };
+        let outcomes = vec![RenewOutcome::Renewed; RENEW_KEYS_MAX];
+        let answers = answers(&[Request::batch(request, now)], &outcomes, &LeaseConfig::default(), now);
+        let text = serde_json::to_string(&answers.messages[0]).unwrap();
+        assert!(text.len() < crate::session::DRONE_FRAME_BYTES_MAX, "{}", text.len());
     }
 
     #[test]

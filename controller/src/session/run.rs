@@ -1,10 +1,11 @@
 //! The loop of one session.
 
-use super::actions::{self, Tracker};
+use super::actions::{self, ACTIONS_AT_ONCE_MAX, Tracker};
 use super::frames::{self, Frame};
 use super::jobs::{self, Done};
+use super::outbox::Outbox;
 use super::registry::{Place, Probe};
-use super::{End, renewals};
+use super::{DRONE_FRAME_BYTES_MAX, End, renewals};
 use crate::app::App;
 use crate::hub::Watch;
 use axum::extract::ws::{Message, WebSocket};
@@ -24,7 +25,6 @@ use holdfast_wire::{LeaseConfig, TerminationKind, TerminationReason};
 use raft_store::{Answer, ProposeError};
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
-use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 
 /// How often a drone is pinged and unacknowledged actions are looked at.
@@ -34,8 +34,11 @@ const SILENCE_MAX: Duration = Duration::from_secs(5);
 /// How long proposals may fail for want of a leader before the drone is sent elsewhere. Each of them has looked for one
 /// for a while itself.
 const FAILING_MAX: Duration = Duration::from_secs(1);
+/// How long this replica may lag behind what the leader has said was applied, before the drone is sent elsewhere: its
+/// actions come from the state here.
+const BEHIND_MAX: Duration = Duration::from_secs(2);
 /// Renewal entries of one session under way.
-const RENEWALS_UNDER_WAY_MAX: usize = 4;
+pub const RENEWALS_UNDER_WAY_MAX: usize = 4;
 /// State reports that wait for an entry. What does not fit is not acknowledged, and the drone sends it again.
 const REPORTS_QUEUED_MAX: usize = 8192;
 /// Acknowledgements that wait for an entry.
@@ -44,17 +47,17 @@ const ACKS_QUEUED_MAX: usize = 8192;
 const ENDS_QUEUED_MAX: usize = renewals::QUEUED_KEYS_MAX;
 /// Frames read in one turn before what they ask for is begun.
 const FRAMES_PER_TURN_MAX: usize = 256;
-/// Places of the outgoing queue that actions leave to answers.
-const ANSWERS_RESERVE: usize = 256;
 /// Ids of actions that are not in the state begin so; log indexes are never 0.
 const UNRECORDED_ACTION: &str = "ak-0-";
 
 /// See the module.
 pub struct Session {
     app: App,
-    out: mpsc::Sender<Message>,
+    outbox: Outbox,
     drone_id: i32,
     session: String,
+    /// Of the process at the other end.
+    incarnation: String,
     place: Place,
     /// On this drone's actions and sessions.
     watch: Watch,
@@ -68,6 +71,8 @@ pub struct Session {
     acks: Vec<String>,
     acknowledging: bool,
     actions: Tracker,
+    /// There may be actions that found no room yet.
+    more_actions: bool,
     /// Backends whose keys are not theirs.
     ends: VecDeque<String>,
     ends_sent: u64,
@@ -83,17 +88,19 @@ impl Session {
     /// A session that was registered. `watch` began before anything of its drone was looked at.
     pub fn new(
         app: App,
-        out: mpsc::Sender<Message>,
+        outbox: Outbox,
         drone_id: i32,
         session: String,
+        incarnation: String,
         place: Place,
         watch: Watch,
     ) -> Self {
         Self {
             app,
-            out,
+            outbox,
             drone_id,
             session,
+            incarnation,
             place,
             watch,
             heard: Instant::now(),
@@ -105,18 +112,23 @@ impl Session {
             acks: Vec::new(),
             acknowledging: false,
             actions: Tracker::default(),
+            more_actions: false,
             ends: VecDeque::new(),
             ends_sent: 0,
             jobs: FuturesUnordered::new(),
         }
     }
 
-    /// Runs until the session ends.
-    pub async fn run(mut self, stream: &mut SplitStream<WebSocket>) -> End {
+    /// Runs until the session ends. `early` are frames that came before it began.
+    pub async fn run(mut self, early: Vec<Message>, stream: &mut SplitStream<WebSocket>) -> End {
+        for frame in early {
+            if let Err(end) = self.frame(Some(Ok(frame))) {
+                return end;
+            }
+        }
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let stopping = self.app.stopping.clone();
-        let out = self.out.clone();
         loop {
             let turn = tokio::select! {
                 () = stopping.cancelled() => {
@@ -128,9 +140,11 @@ impl Session {
                 Some(probe) = self.place.probes.recv() => self.probe(probe),
                 // The first tick comes at once: the first look at what is due.
                 _ = tick.tick() => self.tick(),
-                Ok(_) = out.reserve(), if !self.ends.is_empty() => self.send_ends(),
+                room = self.outbox.room(), if !self.outbox.is_empty() => {
+                    room.and_then(|()| self.outbox.flush(Instant::now()))
+                }
             };
-            if let Err(end) = turn.and_then(|()| self.begin()) {
+            if let Err(end) = turn.and_then(|()| self.go_on()) {
                 return end;
             }
         }
@@ -214,9 +228,22 @@ impl Session {
         }
     }
 
-    /// Begins what is queued and may begin.
+    /// Begins and says what can be begun and said now.
+    fn go_on(&mut self) -> Result<(), End> {
+        loop {
+            self.begin()?;
+            let was_busy = self.outbox.is_busy();
+            self.outbox.flush(Instant::now())?;
+            // What was left because of it can go on; nothing else might wake this session for that.
+            if !was_busy || self.outbox.is_busy() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Begins what is queued and may begin. Nothing that brings more messages is begun while many wait.
     fn begin(&mut self) -> Result<(), End> {
-        while self.renewing < RENEWALS_UNDER_WAY_MAX && !self.renewals.is_empty() {
+        while self.renewing < RENEWALS_UNDER_WAY_MAX && !self.renewals.is_empty() && !self.outbox.is_busy() {
             let requests = self.renewals.take();
             let lease = self.lease()?;
             if renewals::keys(&requests).is_empty() {
@@ -226,7 +253,7 @@ impl Session {
             self.renewing += 1;
             self.jobs.push(jobs::renew(self.app.clone(), self.drone_id, requests, lease));
         }
-        if !self.reporting && !self.reports.is_empty() {
+        if !self.reporting && !self.reports.is_empty() && !self.outbox.is_busy() {
             let count = self.reports.len().min(REPORTS_PER_ENTRY_MAX);
             let events = self.reports.drain(..count).collect();
             self.reporting = true;
@@ -238,7 +265,10 @@ impl Session {
             self.acknowledging = true;
             self.jobs.push(jobs::acknowledge(self.app.clone(), self.drone_id, action_ids));
         }
-        Ok(())
+        while self.more_actions && !self.outbox.is_busy() {
+            self.look()?;
+        }
+        self.send_ends()
     }
 
     fn finish(&mut self, done: Done) -> Result<(), End> {
@@ -328,7 +358,7 @@ impl Session {
     /// Tells the drone to end backends that hold no key. These actions are not in the state: the drone's next renewal
     /// would be refused again.
     fn send_ends(&mut self) -> Result<(), End> {
-        while self.out.capacity() > 0 {
+        while !self.outbox.is_busy() {
             let Some(backend_id) = self.ends.pop_front() else { break };
             self.ends_sent += 1;
             self.send(&MessageToDrone::Action(ActionMessage {
@@ -350,8 +380,12 @@ impl Session {
         self.ping()
     }
 
-    fn ping(&self) -> Result<(), End> {
-        self.queue(Message::Ping(Vec::new().into()))
+    /// While many messages wait a ping would only wait behind them.
+    fn ping(&mut self) -> Result<(), End> {
+        if self.outbox.is_busy() {
+            return Ok(());
+        }
+        self.outbox.push(Message::Ping(Vec::new().into()), Instant::now())
     }
 
     fn tick(&mut self) -> Result<(), End> {
@@ -360,6 +394,13 @@ impl Session {
         }
         if self.app.failing_for() > FAILING_MAX {
             return Err(End::close(CLOSE_GO_ELSEWHERE, "this controller reaches no leader"));
+        }
+        if self.app.behind_for() > BEHIND_MAX {
+            return Err(End::close(CLOSE_GO_ELSEWHERE, "this controller lags behind the cluster"));
+        }
+        if self.outbox.is_stalled(Instant::now()) {
+            tracing::warn!(drone_id = self.drone_id, "the drone takes nothing of what is sent to it");
+            return Err(End::Gone);
         }
         self.ping()?;
         self.look()?;
@@ -384,6 +425,7 @@ impl Session {
             .actions
             .fresh(Instant::now(), room, |after, limit| view.due_actions(drone_id, after, now_ms, limit))
             .map_err(damaged)?;
+        self.more_actions = fresh.len() >= room;
         self.send_actions(fresh)
     }
 
@@ -394,13 +436,16 @@ impl Session {
 
     /// How many actions may be queued now.
     fn room(&self) -> usize {
-        self.out.capacity().saturating_sub(ANSWERS_RESERVE)
+        if self.outbox.is_busy() { 0 } else { ACTIONS_AT_ONCE_MAX }
     }
 
     fn send_actions(&mut self, due: Vec<DueAction>) -> Result<(), End> {
         for action in due {
-            match actions::message(self.drone_id, action) {
-                Ok(message) => self.send(&MessageToDrone::Action(message))?,
+            match actions::message(self.drone_id, &self.incarnation, action) {
+                Ok(Some(message)) => self.send(&MessageToDrone::Action(message))?,
+                Ok(None) => {
+                    tracing::debug!(drone_id = self.drone_id, "a spawn of another incarnation was left out");
+                }
                 Err(error) => {
                     tracing::error!(drone_id = self.drone_id, %error, "an executable in the state is not JSON");
                 }
@@ -409,18 +454,22 @@ impl Session {
         Ok(())
     }
 
-    fn send(&self, message: &MessageToDrone) -> Result<(), End> {
+    fn send(&mut self, message: &MessageToDrone) -> Result<(), End> {
         match serde_json::to_string(message) {
-            Ok(text) => self.queue(Message::Text(text.into())),
+            // It would end every session that sent it, and each next one would send it again.
+            Ok(text) if text.len() > DRONE_FRAME_BYTES_MAX => {
+                tracing::error!(
+                    drone_id = self.drone_id,
+                    bytes = text.len(),
+                    "a message is too large to be sent"
+                );
+                Ok(())
+            }
+            Ok(text) => self.outbox.push(Message::Text(text.into()), Instant::now()),
             Err(error) => {
                 tracing::error!(drone_id = self.drone_id, %error, "a message can't be written as JSON");
                 Ok(())
             }
         }
-    }
-
-    /// A full queue means that the drone does not read what it is sent.
-    fn queue(&self, message: Message) -> Result<(), End> {
-        self.out.try_send(message).map_err(|_| End::Gone)
     }
 }

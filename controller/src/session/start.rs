@@ -1,13 +1,14 @@
 //! How a session begins: the drone says who it is, and an entry gives it its number.
 
+use super::outbox::Outbox;
 use super::run::Session;
 use super::{End, frames};
 use crate::app::App;
 use crate::hub::Topic;
 use crate::ids;
 use axum::extract::ws::{Message, WebSocket};
-use futures::StreamExt;
 use futures::stream::SplitStream;
+use futures::{Stream, StreamExt};
 use holdfast_core::command::{Command, Proposal, RegisterDrone};
 use holdfast_core::outcome::{Outcome, Refusal};
 use holdfast_core::records::DroneRecord;
@@ -23,8 +24,11 @@ use tokio::sync::mpsc;
 
 /// How long a drone may take to say who it is.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a registration may look for a leader; after that the drone had better look for another controller.
-const REGISTER_DEADLINE: Duration = Duration::from_secs(3);
+/// How long everything between a drone's handshake and the answer may take. Shorter than the 2 s for which a drone waits
+/// (its `CONNECT_TIMEOUT`): what is registered after the drone has gone to another controller would take over from there.
+const REGISTER_DEADLINE: Duration = Duration::from_millis(1800);
+/// Frames of a drone that does not wait for the answer to its handshake. More are left unread meanwhile.
+const EARLY_FRAMES_MAX: usize = 64;
 /// Longest incarnation, version or git hash, in bytes.
 const HANDSHAKE_TEXT_BYTES_MAX: usize = 128;
 
@@ -88,27 +92,60 @@ fn earlier(drone: Option<&DroneRecord>, incarnation: &str, controller: u64) -> E
     }
 }
 
-/// See the module.
+/// Waits for `work`, but drops it as soon as the drone is gone. Frames that come meanwhile are put into `early`.
+async fn while_open<T>(
+    stream: &mut (impl Stream<Item = Result<Message, axum::Error>> + Unpin),
+    early: &mut Vec<Message>,
+    work: impl Future<Output = Result<T, End>>,
+) -> Result<T, End> {
+    tokio::pin!(work);
+    loop {
+        tokio::select! {
+            // What has ended is not begun.
+            biased;
+            frame = stream.next(), if early.len() < EARLY_FRAMES_MAX => match frame {
+                Some(Ok(Message::Close(_)) | Err(_)) | None => return Err(End::Gone),
+                Some(Ok(frame)) => early.push(frame),
+            },
+            done = &mut work => return done,
+        }
+    }
+}
+
+/// The part of [`REGISTER_DEADLINE`] that is left before `end`.
+fn left(end: Instant) -> Duration {
+    end.saturating_duration_since(Instant::now())
+}
+
+/// See the module. Gives the session and the frames that it has to read first.
 pub async fn start(
     app: &App,
     cluster: String,
     pool: String,
     stream: &mut SplitStream<WebSocket>,
     out: &mpsc::Sender<Message>,
-) -> Result<Session, End> {
+) -> Result<(Session, Vec<Message>), End> {
     let handshake = tokio::select! {
         done = tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake(stream)) => {
             done.map_err(|_| End::close(CLOSE_BAD_MESSAGE, "no handshake came in time"))??
         }
         () = app.stopping.cancelled() => return Err(elsewhere("this controller is stopping")),
     };
+    let end = Instant::now() + REGISTER_DEADLINE;
     tracing::Span::current().record("name", &handshake.name);
+    let incarnation = handshake.incarnation.clone().unwrap_or_else(ids::session);
     let session = ids::session();
     // Entered before it is registered, so that nobody takes it for dead in between.
     let place = app.sessions.enter(&session);
-    let (drone_id, index) = register(app, cluster, pool, handshake, &session).await?;
-    // Invariant 1 of the session.
-    app.store.wait_applied(index, REGISTER_DEADLINE).await.map_err(elsewhere)?;
+    let mut early = Vec::new();
+    let registered = async {
+        let (drone_id, index) =
+            register(app, cluster, pool, handshake, incarnation.clone(), &session, end).await?;
+        // Invariant 1 of the session.
+        app.store.wait_applied(index, left(end)).await.map_err(elsewhere)?;
+        Ok(drone_id)
+    };
+    let drone_id = while_open(stream, &mut early, registered).await?;
     // Before the first look at what is due.
     let watch = app.hub.watch(Topic::Drone(drone_id));
     let local = app.store.local();
@@ -125,20 +162,27 @@ pub async fn start(
     let text = serde_json::to_string(&answer).map_err(elsewhere)?;
     out.try_send(Message::Text(text.into())).map_err(|_| End::Gone)?;
     tracing::info!(drone_id, session, "drone session started");
-    Ok(Session::new(app.clone(), out.clone(), drone_id, session, place, watch))
+    let outbox = Outbox::new(out.clone());
+    Ok((Session::new(app.clone(), outbox, drone_id, session, incarnation, place, watch), early))
 }
 
-/// Registers the session and returns the drone's number and the entry's index.
+/// Registers the session before `end` and returns the drone's number and the entry's index.
+///
+/// What remains: a proposal that was handed to a leader can't be called back. If that leader is cut off just then, its
+/// entry may be committed after the drone has given up here and registered elsewhere, and then takes over from that newer
+/// session. The drone is closed with `CLOSE_NAME_TAKEN` there and registers once more, after a pause of up
+/// to a second (its `BACKOFF_MAX`). Nothing is lost by it: renewals, reports and actions are repeated.
 async fn register(
     app: &App,
     cluster: String,
     pool: String,
     handshake: DroneHandshake,
+    incarnation: String,
     session: &str,
+    end: Instant,
 ) -> Result<(i32, u64), End> {
-    let incarnation = handshake.incarnation.unwrap_or_else(ids::session);
     // Not the local state: an older record must not make us take a live drone's name.
-    let point = app.store.linearizable(REGISTER_DEADLINE).await.map_err(elsewhere)?;
+    let point = app.store.linearizable(left(end)).await.map_err(elsewhere)?;
     let found = point.view.drone_by_name(&cluster, &handshake.name).map_err(|error| {
         tracing::error!(%error, "reading the state failed");
         elsewhere("reading the state failed")
@@ -164,11 +208,9 @@ async fn register(
         version: handshake.version.version,
         git_hash: frames::truncated(&handshake.version.git_hash, HANDSHAKE_TEXT_BYTES_MAX).to_owned(),
     });
-    let end = Instant::now() + REGISTER_DEADLINE;
     loop {
-        let left = end.saturating_duration_since(Instant::now());
         let proposal = Proposal { command: command.clone(), idempotency: None };
-        let answer = match app.propose_within(proposal, left).await {
+        let answer = match app.propose_within(proposal, left(end)).await {
             Ok(answer) => answer,
             // The same session may be registered twice.
             Err(ProposeError::OutcomeUnknown(_)) if Instant::now() < end => continue,
@@ -192,6 +234,39 @@ async fn register(
 mod tests {
     use super::*;
     use serde_json::json;
+
+    fn ping() -> Result<Message, axum::Error> {
+        Ok(Message::Ping(Vec::new().into()))
+    }
+
+    #[tokio::test]
+    async fn nothing_is_proposed_for_a_drone_that_is_gone() {
+        let close = Ok(Message::Close(None));
+        for frames in [vec![], vec![ping(), close], vec![Err(axum::Error::new("broken"))]] {
+            let mut proposed = false;
+            let work = async {
+                proposed = true;
+                Ok(())
+            };
+            let ended = while_open(&mut futures::stream::iter(frames), &mut Vec::new(), work).await;
+            assert_eq!((ended, proposed), (Err(End::Gone), false));
+        }
+        // Gone while the registration looks for a leader.
+        let mut stream = Box::pin(futures::stream::once(async {
+            tokio::task::yield_now().await;
+            Ok(Message::Close(None))
+        }));
+        let work = std::future::pending::<Result<(), End>>();
+        assert_eq!(while_open(&mut stream, &mut Vec::new(), work).await, Err(End::Gone));
+    }
+
+    #[tokio::test]
+    async fn frames_that_come_early_are_kept_up_to_a_bound() {
+        let mut early = Vec::new();
+        let mut stream = futures::stream::repeat_with(ping);
+        assert_eq!(while_open(&mut stream, &mut early, async { Ok(5) }).await, Ok(5));
+        assert_eq!(early.len(), EARLY_FRAMES_MAX);
+    }
 
     fn text(change: serde_json::Value) -> String {
         let mut handshake = json!({"version": {"version": "1", "git_hash": "a"}, "name": "dr-a"});

@@ -147,7 +147,8 @@ impl Guard {
                 }
                 sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
                 if let Some(open_files) = open_files {
-                    open_files.apply()?;
+                    // A limit that is not what it should be keeps nobody from running.
+                    let _ = open_files.apply();
                 }
                 // The machine may have slept since: this is the last look before the backend's first instruction.
                 if boot_ms() >= start_before { Err(Errno::ETIME.into()) } else { Ok(()) }

@@ -430,6 +430,27 @@ impl Drop for Drone {
     }
 }
 
+/// Makes a program whose `exec` hangs (for the 45 s of `fs.lease-break-time`) while the answer is held: a lease on it has
+/// to be broken first.
+pub fn leased_program(path: &std::path::Path) -> std::fs::File {
+    use std::os::fd::AsRawFd;
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::write(path, "#!/bin/sh\nexec sleep 300\n").unwrap();
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let file = std::fs::File::open(path).unwrap();
+    // SAFETY: ignores a signal that would end this process: it tells of the break.
+    unsafe { libc::signal(libc::SIGIO, libc::SIG_IGN) };
+    let end = std::time::Instant::now() + PATIENCE;
+    // SAFETY: an fcntl with an integer argument on an open descriptor.
+    while unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_WRLCK) } != 0 {
+        // A process that another test forks meanwhile has the file open until its exec.
+        let error = std::io::Error::last_os_error();
+        assert!(std::time::Instant::now() < end, "no lease: {error}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    file
+}
+
 /// Processes of a backend.
 pub fn alive(backend: &str) -> usize {
     let mark = format!("SESSION_BACKEND_ID={backend}");

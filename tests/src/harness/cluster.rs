@@ -75,7 +75,7 @@ impl Cluster {
         let dir = tempfile::Builder::new().prefix("cluster-").tempdir_in(tmp).expect("a directory");
         let path = |name: String| dir.path().join(name);
         let mut ports = PortBlock::take();
-        let addrs: Vec<_> = (0..plan.controllers).map(|_| (ports.next(), ports.next())).collect();
+        let addrs: Vec<_> = (0..plan.controllers).map(|_| (ports.give(), ports.give())).collect();
         let name = "test.local:9090".to_owned();
         let initial: Vec<_> = addrs.iter().zip(1..).map(|((_, peer), id)| format!("{id}={peer}")).collect();
         let mut controllers = Vec::new();

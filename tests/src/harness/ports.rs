@@ -50,7 +50,7 @@ impl PortBlock {
     }
 
     /// The next port.
-    pub fn next(&mut self) -> SocketAddr {
+    pub fn give(&mut self) -> SocketAddr {
         assert!(self.given < BLOCK_PORTS, "this cluster needs more than {BLOCK_PORTS} ports");
         self.given += 1;
         SocketAddr::from((Ipv4Addr::LOCALHOST, self.first + self.given - 1))

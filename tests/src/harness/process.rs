@@ -110,6 +110,8 @@ impl Process {
         }
         command
             .args(self.flags.iter().flat_map(|(flag, value)| [flag, value]))
+            // Logs are shown in plain text.
+            .env("NO_COLOR", "1")
             .envs(self.env.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("a log file"))

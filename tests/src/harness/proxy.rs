@@ -169,7 +169,7 @@ pub struct ProxySet {
 impl ProxySet {
     /// Starts them, on ports of the block.
     pub async fn start(ports: &mut PortBlock, controllers: &[SocketAddr]) -> Self {
-        let pairs: Vec<_> = controllers.iter().map(|target| (ports.next(), *target)).collect();
+        let pairs: Vec<_> = controllers.iter().map(|target| (ports.give(), *target)).collect();
         let bytes = |addr: &SocketAddr| addr.to_string().into_bytes();
         let renames: Renames =
             Arc::new(pairs.iter().map(|(addr, target)| (bytes(target), bytes(addr))).collect());

@@ -12,7 +12,7 @@ const LONG_LEASE: &str = "renew=10s,soft=20s,hard=30s,expiry=40s";
 async fn of_two_controllers_started_with_different_lease_durations_one_says_so_and_ends() {
     let mut ports = PortBlock::take();
     let dir = tempfile::tempdir().unwrap();
-    let addrs: Vec<_> = (0..2).map(|_| (ports.next(), ports.next())).collect();
+    let addrs: Vec<_> = (0..2).map(|_| (ports.give(), ports.give())).collect();
     let initial: Vec<_> = addrs.iter().zip(1..).map(|((_, peer), id)| format!("{id}={peer}")).collect();
     let leases = [SHORT_LEASE, LONG_LEASE];
     let mut children: Vec<Option<Child>> = Vec::new();

@@ -3,7 +3,7 @@
 use crate::backend::{BackendStatus, TerminationKind, TerminationReason};
 use crate::error::FieldError;
 use crate::key::KeyConfig;
-use crate::limits::{USER_BYTES_MAX, WAIT_MS_MAX};
+use crate::limits::{USER_BYTES_MAX, WAIT_MS_DEFAULT, WAIT_MS_MAX};
 use crate::names::{check_cluster, check_name, check_name_or_empty, check_text};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -31,7 +31,8 @@ pub struct ConnectRequest {
     /// Passed along with the connection.
     #[serde(default)]
     pub auth: Map<String, Value>,
-    /// Ours: how long to wait for a key whose backend is going away, in milliseconds.
+    /// Ours: how long to wait for a key whose backend is going away, in milliseconds. More than [`WAIT_MS_MAX`] counts as
+    /// that: see [`Self::capped_wait_ms`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub wait_ms: Option<u64>,
 }
@@ -45,10 +46,12 @@ impl ConnectRequest {
         if let Some(user) = &self.user {
             check_text("user", user, USER_BYTES_MAX)?;
         }
-        if self.wait_ms.is_some_and(|ms| ms > WAIT_MS_MAX) {
-            return Err(FieldError::new("wait_ms", format!("must be at most {WAIT_MS_MAX}")));
-        }
         self.spawn_config.as_ref().map_or(Ok(()), SpawnConfig::check)
+    }
+
+    /// How long to wait, in milliseconds: the default if nothing was asked for, and never more than [`WAIT_MS_MAX`].
+    pub fn capped_wait_ms(&self) -> u64 {
+        self.wait_ms.unwrap_or(WAIT_MS_DEFAULT).min(WAIT_MS_MAX)
     }
 }
 
@@ -489,4 +492,24 @@ pub struct Checksum {
     pub index: u64,
     /// Its value.
     pub value: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_longer_wait_is_capped_and_not_refused() {
+        for (wait_ms, capped_ms) in [
+            (None, WAIT_MS_DEFAULT),
+            (Some(0), 0),
+            (Some(WAIT_MS_MAX), WAIT_MS_MAX),
+            (Some(WAIT_MS_MAX + 1), WAIT_MS_MAX),
+            (Some(u64::MAX), WAIT_MS_MAX),
+        ] {
+            let request = ConnectRequest { wait_ms, ..ConnectRequest::default() };
+            request.check().unwrap();
+            assert_eq!(request.capped_wait_ms(), capped_ms);
+        }
+    }
 }

@@ -16,7 +16,7 @@ pub const IDEMPOTENCY_KEY_BYTES_MAX: usize = 128;
 pub const USER_BYTES_MAX: usize = 256;
 /// Longest cluster name (`HOST:PORT`), in bytes.
 pub const CLUSTER_BYTES_MAX: usize = 255;
-/// Longest `wait_ms` of a connect request, in milliseconds.
+/// Longest wait of a connect request, in milliseconds; a longer `wait_ms` is capped to it.
 pub const WAIT_MS_MAX: u64 = 120_000;
 /// `wait_ms` of a connect request that gives none, in milliseconds.
 pub const WAIT_MS_DEFAULT: u64 = 30_000;
