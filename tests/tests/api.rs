@@ -190,6 +190,7 @@ async fn leadership_is_handed_over_on_request() {
     assert_eq!(info.leader, Some(new as u64 + 1));
     let follower = (0..3).find(|index| *index != new).unwrap();
     let url = format!("{}/ctrl/cluster/transfer-leader", cluster.url(follower));
-    let answer: DrainResult = cluster.http.post(&url, &json!(null)).await.ok();
-    assert!(!answer.updated, "a follower has nothing to hand over");
+    // A follower has nothing to hand over, and says whom to ask.
+    let error = cluster.http.post(&url, &json!(null)).await.refused(ApiErrorKind::InvalidRequest);
+    assert!(error.message.contains(&cluster.url(new)), "{error:?}");
 }

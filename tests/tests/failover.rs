@@ -26,7 +26,7 @@ async fn hold(cluster: &Cluster, count: usize) -> BTreeMap<String, ConnectRespon
     let answers = join_all(requests.iter().map(|request| client.connect(request))).await;
     let held: BTreeMap<_, _> = names.into_iter().zip(answers.into_iter().map(Result::unwrap)).collect();
     for answer in held.values() {
-        cluster.wait_status(&answer.backend_id, BackendStatus::Ready).await;
+        cluster.assert_ready(&answer.backend_id).await;
     }
     held
 }

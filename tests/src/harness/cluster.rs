@@ -275,6 +275,12 @@ impl Cluster {
         .await
     }
 
+    /// Waits until a backend is ready, and no more than that.
+    pub async fn assert_ready(&self, backend: &str) {
+        let info = self.wait_status(backend, BackendStatus::Ready).await;
+        assert_eq!(info.status, BackendStatus::Ready, "{info:?}");
+    }
+
     /// Waits until a backend is ready, and asks it: its environment, `instance` and `pid`.
     pub async fn ask(&self, backend: &str) -> Value {
         let info = self.wait_status(backend, BackendStatus::Ready).await;
@@ -286,7 +292,7 @@ impl Cluster {
     pub async fn connect_ready(&self, key: &str) -> ConnectResponse {
         let request = self.backend().request(key);
         let answer = self.client().connect(&request).await.unwrap_or_else(|e| panic!("connect {key}: {e}"));
-        self.wait_status(&answer.backend_id, BackendStatus::Ready).await;
+        self.assert_ready(&answer.backend_id).await;
         answer
     }
 

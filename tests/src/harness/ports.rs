@@ -1,8 +1,8 @@
 //! Ports that no other test uses.
 //!
-//! They lie below the range from which the kernel takes the ports of outgoing connections, so that a killed controller
-//! finds its port free when it comes back, and they all have five digits, which [`super::proxy`] depends on. Test processes
-//! keep apart by a locked file for each block.
+//! They lie below the ranges from which the kernel takes the ports of outgoing connections and a drone those of its
+//! backends, so that a killed controller finds its port free when it comes back, and they all have five digits, which
+//! [`super::proxy`] depends on. Test processes keep apart by a locked file for each block.
 
 use rand::Rng;
 use std::fs::File;
@@ -12,8 +12,8 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 pub const BLOCK_PORTS: u16 = 32;
 /// First port of the first block.
 const FIRST: u16 = 10_000;
-/// Number of blocks: the last one ends below 32768, where Linux begins with outgoing connections.
-const BLOCKS: u16 = 700;
+/// Number of blocks: the last one ends below 20000, where a drone begins with the ports of its backends.
+const BLOCKS: u16 = 312;
 /// Tries before it gives up.
 const TRIES_MAX: u32 = 2_000;
 
