@@ -90,12 +90,13 @@ async fn a_key_is_acquired_found_and_freed_by_its_backends_end() {
     let (status, held) = server.post("/ctrl/connect", &impatient).await;
     assert_eq!((status, kind(&held)), (StatusCode::CONFLICT, "KeyHeld"));
     assert!(held["message"].as_str().unwrap().contains("going away"), "{held}");
-    let waiting = tokio::spawn({
+    let mut waiting = tokio::spawn({
         let server = server.clone();
         async move { server.post("/ctrl/connect", &body("k")).await }
     });
-    tokio::time::sleep(Duration::from_millis(100)).await;
-    assert!(!waiting.is_finished());
+    // An answer within this time would be one that did not wait.
+    let early = tokio::time::timeout(Duration::from_millis(100), &mut waiting).await;
+    assert!(early.is_err(), "{early:?}");
     let terminated = json!({"status": "terminated", "last_status": "ready", "termination": "soft", "reason": "external", "exit_code": 0});
     drone.report(3, &backend, terminated, fencing).await;
     let (status, next) = waiting.await.unwrap();

@@ -163,7 +163,7 @@ pub(crate) fn db_options(recovery: rocksdb::DBRecoveryMode) -> Options {
 }
 
 impl LogStore {
-    /// Opens the log in `dir` for `member`. An `Err` of kind `InvalidData` with "member" means another member's log.
+    /// Opens the log in `dir` for `member`. The inner error is the id of another member, whose log it is.
     pub fn open(
         dir: &Path,
         member: u64,

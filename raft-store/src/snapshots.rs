@@ -3,6 +3,7 @@
 //! ```text
 //! snapshots/making-3/           being built here
 //! snapshots/incoming-4/         arriving from the leader
+//! snapshots/adopted-5/          being copied from a directory elsewhere
 //! snapshots/snap-0000000000000042/   complete; the number is the last log index it holds
 //! ```
 
