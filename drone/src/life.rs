@@ -148,7 +148,7 @@ impl Life {
         effects.end = Some(kind);
         match kind {
             TerminationKind::Soft => {
-                debug_assert!(first, "only the first end can be soft");
+                assert!(first, "only the first end can be soft");
                 let state = BackendState::Terminating { last_status, termination: kind, reason };
                 self.advance(state, &mut effects);
             }

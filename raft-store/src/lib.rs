@@ -39,6 +39,8 @@ mod codec;
 mod files;
 mod keeper;
 mod log_store;
+mod overlay;
+mod raft_thread;
 mod rejoin;
 mod snapshots;
 pub mod state_db;

@@ -1,4 +1,5 @@
 //! The applied state in RocksDB: one column family for each [`Table`], swapped as a whole when a snapshot is installed.
+//! What was committed last is still in memory ([`crate::overlay`]); a thread takes it to the database.
 //!
 //! Layout of the data directory's `state/`:
 //!
@@ -11,14 +12,33 @@
 use crate::codec::{WireLogId, WireSnapshotMeta, WireStoredMembership};
 use crate::files::{copy_or_link_dir, remove_dir_if_there, sync_dir, write_durably};
 use crate::log_store::db_options;
+use crate::overlay::{Layer, Layers, lay_over};
 use crate::types::{LogId, SnapshotMeta, StoredMembership};
 use holdfast_core::codec::{decode, encode};
 use holdfast_core::kv::{ReadState, Row, StateError, Table, Writes};
 use rocksdb::checkpoint::Checkpoint;
-use rocksdb::{ColumnFamilyDescriptor, DB, Direction, IteratorMode, Options, ReadOptions, WriteBatch};
+use rocksdb::{
+    BlockBasedOptions, Cache, ColumnFamilyDescriptor, DB, DataBlockIndexType, Direction, IteratorMode,
+    Options, ReadOptions, WriteBatch,
+};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
+use std::time::Duration;
+
+/// Bytes committed in memory at which the flusher takes them to the database.
+const FLUSH_BYTES: usize = 8 << 20;
+/// Bytes committed in memory at which whoever commits waits for the database.
+const FLUSH_BYTES_MAX: usize = 32 << 20;
+/// How long something may stay only in memory. A crash costs applying that much of the log again.
+const FLUSH_EVERY: Duration = Duration::from_secs(1);
+/// Memory for blocks read from the database's files, over all tables.
+const BLOCK_CACHE_BYTES: usize = 256 << 20;
+/// Memory for what was written and is in none of the files yet, over all tables.
+const WRITE_BUFFERS_BYTES: usize = 256 << 20;
+/// Bits per row of the filters that save looking for a row that is not there.
+const BLOOM_BITS: f64 = 10.0;
 
 const POINTER: &str = "CURRENT-STATE";
 const KEY_APPLIED: &[u8] = b"applied";
@@ -36,20 +56,58 @@ struct OpenDb {
     db: DB,
     dir: PathBuf,
     number: u64,
+    layers: RwLock<Layers>,
+    /// Held by whoever takes a layer to the database. After an error nobody knows what the database holds, and nothing
+    /// is written or committed any more.
+    flushing: Mutex<Result<(), String>>,
 }
 
 /// Cheap, cloneable read access to the applied state.
 #[derive(Clone)]
 pub struct StateHandle {
-    current: Arc<RwLock<Arc<OpenDb>>>,
-    root: Arc<PathBuf>,
-    /// Held while the state is copied or replaced: a copy must not lose the files it is linking.
-    copying: Arc<Mutex<()>>,
+    shared: Arc<Shared>,
 }
 
-fn table_options() -> Options {
+struct Shared {
+    current: RwLock<Arc<OpenDb>>,
+    root: PathBuf,
+    /// Held while the state is copied or replaced: a copy must not lose the files it is linking.
+    copying: Mutex<()>,
+    /// Wakes the flusher; dropping it ends the flusher.
+    wake: Mutex<Option<SyncSender<()>>>,
+    flusher: Mutex<Option<std::thread::JoinHandle<()>>>,
+}
+
+impl Shared {
+    fn current(&self) -> Arc<OpenDb> {
+        self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl Drop for Shared {
+    /// Waits for the flusher, so that whoever opens the directory next finds it closed.
+    fn drop(&mut self) {
+        self.wake.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        let flusher = self.flusher.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(flusher) = flusher
+            && flusher.thread().id() != std::thread::current().id()
+        {
+            let _ = flusher.join();
+        }
+    }
+}
+
+fn table_options(cache: &Cache) -> Options {
     let mut options = Options::default();
-    options.set_write_buffer_size(32 << 20);
+    options.set_write_buffer_size(WRITE_BUFFERS_BYTES / 4);
+    // Most rows are looked for by their whole key, and a new name or id mostly in vain.
+    options.set_memtable_whole_key_filtering(true);
+    options.set_memtable_prefix_bloom_ratio(0.02);
+    let mut blocks = BlockBasedOptions::default();
+    blocks.set_block_cache(cache);
+    blocks.set_bloom_filter(BLOOM_BITS, false);
+    blocks.set_data_block_index_type(DataBlockIndexType::BinaryAndHash);
+    options.set_block_based_table_factory(&blocks);
     options
 }
 
@@ -59,9 +117,84 @@ fn open_db(dir: &Path) -> io::Result<DB> {
     let mut options = db_options(rocksdb::DBRecoveryMode::PointInTime);
     // A batch touches several tables: they must reach the disk together even when memtables are flushed.
     options.set_atomic_flush(true);
-    options.set_max_total_wal_size(128 << 20);
-    let cfs = Table::ALL.map(|table| ColumnFamilyDescriptor::new(table.name(), table_options()));
+    options.set_db_write_buffer_size(WRITE_BUFFERS_BYTES);
+    options.set_max_total_wal_size(2 * WRITE_BUFFERS_BYTES as u64);
+    let cache = Cache::new_lru_cache(BLOCK_CACHE_BYTES);
+    let cfs = Table::ALL.map(|table| ColumnFamilyDescriptor::new(table.name(), table_options(&cache)));
     DB::open_cf_descriptors(&options, dir, cfs).map_err(|e| io_error(format!("{}: {e}", dir.display())))
+}
+
+impl OpenDb {
+    fn open(root: &Path, number: u64) -> io::Result<Self> {
+        let dir = root.join(format!("db-{number}"));
+        let db = open_db(&dir)?;
+        Ok(Self { db, dir, number, layers: RwLock::default(), flushing: Mutex::new(Ok(())) })
+    }
+
+    fn layers(&self) -> RwLockReadGuard<'_, Layers> {
+        self.layers.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn layers_mut(&self) -> RwLockWriteGuard<'_, Layers> {
+        self.layers.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes everything committed so far to the database (not synced).
+    fn flush(&self) -> io::Result<()> {
+        let mut state = self.flushing.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = &*state {
+            return Err(io_error(error));
+        }
+        let layer = {
+            let mut layers = self.layers_mut();
+            if layers.fresh.is_empty() {
+                return Ok(());
+            }
+            let layer = Arc::new(std::mem::take(&mut layers.fresh));
+            layers.flushing = Some(layer.clone());
+            layer
+        };
+        let written = self.write(&layer);
+        if let Err(error) = &written {
+            *state = Err(error.to_string());
+        } else {
+            self.layers_mut().flushing = None;
+        }
+        written
+    }
+
+    fn write(&self, layer: &Layer) -> io::Result<()> {
+        let mut batch = WriteBatch::default();
+        let cfs = Table::ALL.map(|table| cf(&self.db, table));
+        for (table, key, value) in layer.rows() {
+            let cf = cfs[table as usize].as_ref().map_err(io_error)?;
+            match value {
+                Some(value) => batch.put_cf(cf, key, value),
+                None => batch.delete_cf(cf, key),
+            }
+        }
+        let meta = cf(&self.db, Table::Meta).map_err(io_error)?;
+        if let Some(applied) = layer.applied {
+            batch.put_cf(meta, KEY_APPLIED, encode(&WireLogId::from(applied)));
+        }
+        if let Some(membership) = &layer.membership {
+            batch.put_cf(meta, KEY_MEMBERSHIP, encode(&WireStoredMembership::from(membership)));
+        }
+        // Not synced: the log is, and it is not purged before `make_durable`.
+        self.db.write(batch).map_err(io_error)
+    }
+}
+
+/// Takes what is committed to the database whenever it is woken or time is up.
+fn run_flusher(shared: &Weak<Shared>, woken: &std::sync::mpsc::Receiver<()>) {
+    while !matches!(woken.recv_timeout(FLUSH_EVERY), Err(RecvTimeoutError::Disconnected)) {
+        let Some(shared) = shared.upgrade() else { return };
+        if let Err(error) = shared.current().flush() {
+            // The next commit meets it and stops the replica.
+            tracing::error!(%error, "writing the state failed");
+            return;
+        }
+    }
 }
 
 impl StateHandle {
@@ -88,64 +221,89 @@ impl StateHandle {
                 remove_dir_if_there(&entry.path())?;
             }
         }
-        let dir = root.join(format!("db-{number}"));
-        let db = open_db(&dir)?;
-        let current = Arc::new(RwLock::new(Arc::new(OpenDb { db, dir, number })));
-        Ok(Self { current, root: Arc::new(root.to_owned()), copying: Arc::default() })
+        let (wake, woken) = sync_channel(1);
+        let shared = Arc::new(Shared {
+            current: RwLock::new(Arc::new(OpenDb::open(root, number)?)),
+            root: root.to_owned(),
+            copying: Mutex::default(),
+            wake: Mutex::new(Some(wake)),
+            flusher: Mutex::default(),
+        });
+        let weak = Arc::downgrade(&shared);
+        let flusher = std::thread::Builder::new()
+            .name("state-flusher".into())
+            .spawn(move || run_flusher(&weak, &woken))?;
+        *shared.flusher.lock().unwrap_or_else(PoisonError::into_inner) = Some(flusher);
+        Ok(Self { shared })
     }
 
     fn current(&self) -> Arc<OpenDb> {
-        self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.shared.current()
     }
 
     /// Log id of the last applied entry and the membership as of it.
     pub fn applied(&self) -> Result<(Option<LogId>, StoredMembership), StateError> {
         let current = self.current();
+        let layers = current.layers();
+        let (applied, membership) = layers.applied();
         let meta = cf(&current.db, Table::Meta)?;
         let get = |key| current.db.get_cf(meta, key).map_err(read_error);
-        let applied = get(KEY_APPLIED)?.map(|b| decode::<WireLogId>(&b)).transpose()?.map(Into::into);
-        let membership = match get(KEY_MEMBERSHIP)? {
-            Some(bytes) => decode::<WireStoredMembership>(&bytes)?.try_into()?,
-            None => StoredMembership::default(),
+        let applied = match applied {
+            Some(applied) => Some(applied),
+            None => get(KEY_APPLIED)?.map(|b| decode::<WireLogId>(&b)).transpose()?.map(Into::into),
+        };
+        let membership = match (membership, get(KEY_MEMBERSHIP)?) {
+            (Some(membership), _) => membership.clone(),
+            (None, Some(bytes)) => decode::<WireStoredMembership>(&bytes)?.try_into()?,
+            (None, None) => StoredMembership::default(),
         };
         Ok((applied, membership))
     }
 
-    /// Commits the writes of applied entries together with how far they go.
+    /// Commits the writes of applied entries together with how far they go. An error is of an earlier commit, which
+    /// the database did not take.
     pub fn commit(
         &self,
-        writes: &Writes,
+        writes: Writes,
         applied: LogId,
-        membership: Option<&StoredMembership>,
+        membership: Option<StoredMembership>,
     ) -> io::Result<()> {
         let current = self.current();
-        let mut batch = WriteBatch::default();
-        for ((table, key), value) in writes {
-            let cf = cf(&current.db, *table).map_err(io_error)?;
-            match value {
-                Some(value) => batch.put_cf(cf, key, value),
-                None => batch.delete_cf(cf, key),
-            }
+        let bytes = {
+            let mut layers = current.layers_mut();
+            layers.fresh.absorb(writes, applied, membership);
+            layers.fresh.bytes()
+        };
+        if bytes >= FLUSH_BYTES_MAX {
+            return current.flush();
         }
-        let meta = cf(&current.db, Table::Meta).map_err(io_error)?;
-        batch.put_cf(meta, KEY_APPLIED, encode(&WireLogId::from(applied)));
-        if let Some(membership) = membership {
-            batch.put_cf(meta, KEY_MEMBERSHIP, encode(&WireStoredMembership::from(membership)));
+        if let Ok(state) = current.flushing.try_lock()
+            && let Err(error) = &*state
+        {
+            return Err(io_error(error));
         }
-        // Not synced: the log is, and it is not purged before `make_durable`.
-        current.db.write(batch).map_err(io_error)
+        if bytes >= FLUSH_BYTES
+            && let Some(wake) = &*self.shared.wake.lock().unwrap_or_else(PoisonError::into_inner)
+        {
+            // Full means that it is woken already.
+            let _ = wake.try_send(());
+        }
+        Ok(())
     }
 
     /// Makes everything committed so far durable.
     pub fn make_durable(&self) -> io::Result<()> {
-        self.current().db.flush_wal(true).map_err(io_error)
+        let current = self.current();
+        current.flush()?;
+        current.db.flush_wal(true).map_err(io_error)
     }
 
     /// Copies one instant of the state to `dir` (which must not exist) and returns what it holds, read from the copy.
     pub fn checkpoint(&self, dir: &Path) -> io::Result<SnapshotMeta> {
         {
-            let _copying = self.copying.lock().unwrap_or_else(PoisonError::into_inner);
+            let _copying = self.shared.copying.lock().unwrap_or_else(PoisonError::into_inner);
             let current = self.current();
+            current.flush()?;
             Checkpoint::new(&current.db).map_err(io_error)?.create_checkpoint(dir).map_err(io_error)?;
         }
         read_meta(dir)
@@ -153,16 +311,17 @@ impl StateHandle {
 
     /// Replaces the whole state by the database in `source`, which stays as it is: builds aside, syncs, swaps.
     pub fn replace(&self, source: &Path) -> io::Result<()> {
-        let _copying = self.copying.lock().unwrap_or_else(PoisonError::into_inner);
+        let _copying = self.shared.copying.lock().unwrap_or_else(PoisonError::into_inner);
         let old = self.current();
         let number = old.number + 1;
-        let dir = self.root.join(format!("db-{number}"));
+        let root = &self.shared.root;
+        let dir = root.join(format!("db-{number}"));
         remove_dir_if_there(&dir)?;
         copy_or_link_dir(source, &dir)?;
-        sync_dir(&self.root)?;
-        let db = open_db(&dir)?;
-        write_durably(&self.root.join(POINTER), format!("{number}\n").as_bytes())?;
-        *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(OpenDb { db, dir, number });
+        sync_dir(root)?;
+        let new = OpenDb::open(root, number)?;
+        write_durably(&root.join(POINTER), format!("{number}\n").as_bytes())?;
+        *self.shared.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
         let old_dir = old.dir.clone();
         drop(old);
         // A reader may still hold the old database; its open files stay readable after their names are gone. What can't
@@ -218,8 +377,12 @@ fn cf(db: &DB, table: Table) -> Result<&rocksdb::ColumnFamily, StateError> {
 impl ReadState for StateHandle {
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, StateError> {
         let current = self.current();
-        let cf = cf(&current.db, table)?;
-        current.db.get_cf(cf, key).map_err(read_error)
+        // What leaves the layers is in the database before it does, so this order misses nothing.
+        let above = current.layers().get(table, key);
+        match above {
+            Some(value) => Ok(value),
+            None => current.db.get_cf(cf(&current.db, table)?, key).map_err(read_error),
+        }
     }
 
     fn scan(
@@ -234,18 +397,21 @@ impl ReadState for StateHandle {
         }
         let current = self.current();
         let cf = cf(&current.db, table)?;
-        let mut options = ReadOptions::default();
-        if let Some(end) = end {
-            options.set_iterate_upper_bound(end);
-        }
-        let mut rows = Vec::new();
-        for row in current.db.iterator_cf_opt(cf, options, IteratorMode::From(start, Direction::Forward)) {
-            let (key, value) = row.map_err(read_error)?;
-            rows.push((key.into_vec(), value.into_vec()));
-            if rows.len() == limit {
-                break;
+        let (above, snapshot) = {
+            // Both of one instant, or a row could be seen as it was before another one of the same entry.
+            let layers = current.layers();
+            (layers.range(table, start, end, limit), current.db.snapshot())
+        };
+        lay_over(above, limit, |limit| {
+            let mut options = ReadOptions::default();
+            if let Some(end) = end {
+                options.set_iterate_upper_bound(end);
             }
-        }
-        Ok(rows)
+            let from = IteratorMode::From(start, Direction::Forward);
+            let rows = snapshot.iterator_cf_opt(cf, options, from).take(limit);
+            rows.map(|row| row.map(|(key, value)| (key.into_vec(), value.into_vec())))
+                .collect::<Result<_, _>>()
+                .map_err(read_error)
+        })
     }
 }

@@ -1,4 +1,7 @@
 //! openraft's view of the state: applies entries in batches, builds and installs snapshots.
+//!
+//! Entries are applied on a thread of their own: the database may stall or read the disk, and the thread that runs Raft
+//! must never wait for that. The answers go from there straight to those who wait for them.
 
 use crate::snapshots::{SnapshotDir, Snapshots};
 use crate::state_db::StateHandle;
@@ -13,9 +16,9 @@ use openraft::OptionalSend;
 use openraft::entry::EntryPayload;
 use openraft::storage::{ApplyResponder, EntryResponder, RaftSnapshotBuilder, RaftStateMachine, Snapshot};
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use tokio::sync::{broadcast, watch};
+use std::sync::{Arc, mpsc};
+use tokio::sync::{broadcast, oneshot, watch};
 
 /// Most entries applied in one write batch.
 const APPLY_BATCH_MAX: usize = 512;
@@ -32,8 +35,20 @@ pub struct AppliedTo {
     pub cluster_time_ms: u64,
 }
 
+/// Entries for the state thread, and where to say that they are applied.
+struct Job {
+    batch: Vec<EntryResponder<TypeConfig>>,
+    done: oneshot::Sender<io::Result<()>>,
+}
+
 /// See the module.
 pub struct StateMachine {
+    applier: Arc<Applier>,
+    jobs: mpsc::Sender<Job>,
+}
+
+/// What applies entries, on the state thread.
+struct Applier {
     state: StateHandle,
     snapshots: Arc<Snapshots>,
     stamper: Arc<Stamper>,
@@ -46,7 +61,7 @@ fn io_error(error: impl std::fmt::Display) -> io::Error {
 }
 
 impl StateMachine {
-    /// A state machine on an opened state.
+    /// A state machine on an opened state. Starts its thread, which ends when this is dropped.
     pub fn new(
         state: StateHandle,
         snapshots: Arc<Snapshots>,
@@ -54,20 +69,34 @@ impl StateMachine {
         applied: watch::Sender<AppliedTo>,
         effects: broadcast::Sender<Arc<[Effect]>>,
     ) -> io::Result<Self> {
-        let this = Self { state, snapshots, stamper, applied, effects };
-        this.publish_progress()?;
-        Ok(this)
+        let applier = Arc::new(Applier { state, snapshots, stamper, applied, effects });
+        applier.publish_progress()?;
+        let (jobs, queue) = mpsc::channel::<Job>();
+        let works = applier.clone();
+        std::thread::Builder::new().name("state".into()).spawn(move || {
+            while let Ok(job) = queue.recv() {
+                // Nobody waits any more when the replica stops.
+                let _ = job.done.send(works.apply_batch(job.batch));
+            }
+        })?;
+        Ok(Self { applier, jobs })
     }
+}
 
+impl Applier {
     fn publish_progress(&self) -> io::Result<()> {
         let (applied, _) = self.state.applied().map_err(io_error)?;
         let progress = holdfast_core::view::View(&self.state).progress().map_err(io_error)?;
-        self.stamper.last_applied_ms.store(progress.cluster_time_ms, Ordering::Release);
-        self.applied.send_replace(AppliedTo {
+        self.publish(AppliedTo {
             index: applied.map_or(0, |id: LogId| id.index),
             cluster_time_ms: progress.cluster_time_ms,
         });
         Ok(())
+    }
+
+    fn publish(&self, to: AppliedTo) {
+        self.stamper.last_applied_ms.store(to.cluster_time_ms, Ordering::Release);
+        self.applied.send_replace(to);
     }
 
     fn apply_batch(&self, batch: Vec<EntryResponder<TypeConfig>>) -> io::Result<()> {
@@ -86,7 +115,7 @@ impl StateMachine {
                     let proposal: Proposal = decode(&proposed.bytes).map_err(io_error)?;
                     let applied = apply(&mut txn, at, stamp, &proposal).map_err(io_error)?;
                     effects.extend(applied.effects);
-                    cluster_time_ms = cluster_time_ms.max(stamp.cluster_time_ms);
+                    cluster_time_ms = applied.cluster_time_ms;
                     Response(Some(Applied {
                         outcome: applied.outcome,
                         replayed: applied.replayed,
@@ -109,8 +138,8 @@ impl StateMachine {
         }
         let Some(last) = last else { return Ok(()) };
         let writes = txn.into_writes();
-        self.state.commit(&writes, last, membership.as_ref())?;
-        self.publish_progress()?;
+        self.state.commit(writes, last, membership)?;
+        self.publish(AppliedTo { index: last.index, cluster_time_ms });
         for (responder, response) in answers {
             responder.send(response);
         }
@@ -122,13 +151,9 @@ impl StateMachine {
     }
 }
 
-/// Runs what may wait for the disk without holding up the other tasks of this worker thread.
-fn off_the_worker<T>(work: impl FnOnce() -> T) -> T {
-    match tokio::runtime::Handle::try_current().map(|handle| handle.runtime_flavor()) {
-        Ok(tokio::runtime::RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
-        // There is no other worker to hand over to.
-        _ => work(),
-    }
+/// The state thread ended in the middle of something: an assertion failed there.
+fn thread_ended() -> io::Error {
+    io::Error::other("the state thread has ended")
 }
 
 impl RaftStateMachine<TypeConfig> for StateMachine {
@@ -136,7 +161,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     type SnapshotBuilder = SnapshotBuilder;
 
     async fn applied_state(&mut self) -> io::Result<(Option<LogId>, StoredMembership)> {
-        self.state.applied().map_err(io_error)
+        self.applier.state.applied().map_err(io_error)
     }
 
     async fn apply<Strm>(&mut self, entries: Strm) -> io::Result<()>
@@ -146,33 +171,41 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         let mut batches = entries.ready_chunks(APPLY_BATCH_MAX);
         while let Some(batch) = batches.next().await {
             let batch = batch.into_iter().collect::<io::Result<Vec<_>>>()?;
-            off_the_worker(|| self.apply_batch(batch))?;
+            let (done, applied) = oneshot::channel();
+            self.jobs.send(Job { batch, done }).map_err(|_| thread_ended())?;
+            applied.await.map_err(|_| thread_ended())??;
         }
         Ok(())
     }
 
     async fn get_snapshot_builder(&mut self) -> SnapshotBuilder {
-        SnapshotBuilder { state: self.state.clone(), snapshots: self.snapshots.clone() }
+        SnapshotBuilder { state: self.applier.state.clone(), snapshots: self.applier.snapshots.clone() }
     }
 
     async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: SnapshotData) -> io::Result<()> {
-        let (applied, _) = self.state.applied().map_err(io_error)?;
-        if applied >= meta.last_log_id {
+        let (applier, meta) = (self.applier.clone(), meta.clone());
+        let install = move || {
+            let (applied, _) = applier.state.applied().map_err(io_error)?;
+            if applied >= meta.last_log_id {
+                return Ok(false);
+            }
+            let ours = applier.snapshots.adopt(&snapshot, &meta)?;
+            applier.state.replace(&ours.path)?;
+            applier.publish_progress()?;
+            Ok(true)
+        };
+        let installed: io::Result<bool> = tokio::task::spawn_blocking(install).await.map_err(io_error)?;
+        if !installed? {
             return Ok(());
         }
-        off_the_worker(|| {
-            let ours = self.snapshots.adopt(&snapshot, meta)?;
-            self.state.replace(&ours.path)
-        })?;
-        self.publish_progress()?;
         // What the skipped entries did is not known in detail.
         let everything: Arc<[Effect]> = Arc::new([Effect::Everything]);
-        let _ = self.effects.send(everything);
+        let _ = self.applier.effects.send(everything);
         Ok(())
     }
 
     async fn get_current_snapshot(&mut self) -> io::Result<Option<SnapshotOf>> {
-        Ok(self.snapshots.current().map(|(meta, snapshot)| Snapshot { meta, snapshot }))
+        Ok(self.applier.snapshots.current().map(|(meta, snapshot)| Snapshot { meta, snapshot }))
     }
 }
 

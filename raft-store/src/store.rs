@@ -6,6 +6,7 @@ use crate::api::{
 };
 use crate::keeper;
 use crate::log_store::LogStore;
+use crate::raft_thread::RaftThread;
 use crate::rejoin::Rejoin;
 use crate::snapshots::Snapshots;
 use crate::state_db::StateHandle;
@@ -74,10 +75,13 @@ pub(crate) struct Inner {
     _lock: File,
 }
 
-/// A running replica. Cloning it is cheap.
+/// A running replica. Cloning it is cheap. When the last clone is dropped without [`Store::stop`], the replica ends as
+/// in a crash.
 #[derive(Clone)]
 pub struct Store {
     pub(crate) inner: Arc<Inner>,
+    /// Not in `Inner`, which the thread's own tasks hold.
+    thread: Arc<Mutex<Option<RaftThread>>>,
 }
 
 fn storage(what: &str, path: &Path) -> impl FnOnce(String) -> OpenError {
@@ -125,6 +129,19 @@ fn raft_config(config: &StoreConfig) -> Result<Config, OpenError> {
 impl Store {
     /// Opens the replica, starts its tasks and, in a new cluster, initialises it.
     pub async fn open(config: StoreConfig) -> Result<Self, OpenError> {
+        let starting = |error: &dyn std::fmt::Display| OpenError::Storage {
+            what: "starting the raft thread".to_owned(),
+            error: error.to_string(),
+        };
+        let thread = RaftThread::start().map_err(|e| starting(&e))?;
+        let inner = thread.handle().spawn(Self::open_here(config)).await.map_err(|e| starting(&e))??;
+        // It reads the state, which the raft thread must not.
+        inner.tasks.spawn(keeper::run(inner.clone()));
+        Ok(Self { inner, thread: Arc::new(Mutex::new(Some(thread))) })
+    }
+
+    /// [`Self::open`], on the thread that the replica will run on.
+    async fn open_here(config: StoreConfig) -> Result<Arc<Inner>, OpenError> {
         let raft_config = Arc::new(raft_config(&config)?);
         if let Some(lease) = &config.lease {
             lease.check().map_err(|e| OpenError::Config { field: "lease", problem: e.problem })?;
@@ -211,7 +228,6 @@ impl Store {
             _lock: lock,
             config,
         });
-        let store = Self { inner: inner.clone() };
         let server = Arc::new(PeerServer {
             directory,
             raft: raft.clone(),
@@ -222,13 +238,12 @@ impl Store {
         let cancel = inner.cancel.clone();
         inner.tasks.spawn(async move { server.run(listener, cancel).await });
         inner.tasks.spawn(watch_raft(inner.clone()));
-        inner.tasks.spawn(keeper::run(inner.clone()));
         if pristine && !inner.config.initial_cluster.is_empty() {
             // Every member of a new cluster does this with the same members, and so makes the same first entry.
             match raft.initialize(members_of(&inner.config.initial_cluster)).await {
                 Ok(()) | Err(RaftError::APIError(openraft::errors::InitializeError::NotAllowed(_))) => {}
                 Err(error) => {
-                    store.stop().await;
+                    inner.stop().await;
                     return Err(OpenError::Config {
                         field: "initial-cluster",
                         problem: format!("does not do: {error}"),
@@ -236,7 +251,7 @@ impl Store {
                 }
             }
         }
-        Ok(store)
+        Ok(inner)
     }
 
     /// Proposes a command through whoever leads (followers forward it over the peer transport) and waits until it is
@@ -444,7 +459,19 @@ impl Store {
 
     /// Stops the replica's tasks and closes its databases.
     pub async fn stop(&self) {
-        let inner = &self.inner;
+        self.inner.stop().await;
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread
+            && let Err(error) = tokio::task::spawn_blocking(move || thread.end()).await
+        {
+            tracing::warn!(%error, "waiting for the raft thread failed");
+        }
+    }
+}
+
+impl Inner {
+    async fn stop(&self) {
+        let inner = self;
         inner.cancel.cancel();
         inner.tasks.close();
         inner.tasks.wait().await;

@@ -17,6 +17,8 @@
 //! Names hold no control characters, so `\0` separates and keeps the order of (namespace, name). Values are
 //! [`crate::codec`] records: a version byte, then bincode.
 
+use crate::codec::{decode, encode};
+use crate::records::{ClusterRecord, ProgressRecord};
 use std::collections::BTreeMap;
 
 /// A column family.
@@ -119,18 +121,27 @@ impl<T: ReadState + ?Sized> ReadState for &T {
 /// The writes of a transaction: a new value, or `None` for a deletion.
 pub type Writes = BTreeMap<(Table, Vec<u8>), Option<Vec<u8>>>;
 
+/// What every entry reads, and mostly changes. A transaction keeps it decoded from one entry to the next.
+#[derive(Debug)]
+pub(crate) struct Head {
+    pub(crate) cluster: Option<ClusterRecord>,
+    pub(crate) progress: ProgressRecord,
+}
+
 /// Reads through to a base, and keeps its own writes on top until somebody commits them.
 pub struct Txn<'a, R: ReadState + ?Sized> {
     base: &'a R,
     writes: Writes,
     /// Writes since [`Txn::begin_entry`], for the checksum.
     entry_writes: Writes,
+    /// Stands for `meta/progress` once an entry was applied. `meta/cluster` is written as well when it changes.
+    head: Option<Head>,
 }
 
 impl<'a, R: ReadState + ?Sized> Txn<'a, R> {
     /// An empty transaction on `base`.
     pub fn new(base: &'a R) -> Self {
-        Self { base, writes: Writes::new(), entry_writes: Writes::new() }
+        Self { base, writes: Writes::new(), entry_writes: Writes::new(), head: None }
     }
 
     /// Starts the next entry: what is written from here on counts as its writes.
@@ -154,15 +165,42 @@ impl<'a, R: ReadState + ?Sized> Txn<'a, R> {
         self.entry_writes.insert((table, key), None);
     }
 
+    /// Takes the head for one entry. [`Self::put_head`] gives it back; without that the entry has failed, and the
+    /// transaction with it.
+    pub(crate) fn take_head(&mut self) -> Result<Head, StateError> {
+        if let Some(head) = self.head.take() {
+            return Ok(head);
+        }
+        let read = |key| self.get(Table::Meta, key);
+        let cluster = read(keys::CLUSTER)?.map(|bytes| decode(&bytes)).transpose()?;
+        let progress = read(keys::PROGRESS)?.map(|bytes| decode(&bytes)).transpose()?.unwrap_or_default();
+        Ok(Head { cluster, progress })
+    }
+
+    /// See [`Self::take_head`].
+    pub(crate) fn put_head(&mut self, head: Head) {
+        self.head = Some(head);
+    }
+
+    fn progress_row(&self) -> Option<Vec<u8>> {
+        self.head.as_ref().map(|head| encode(&head.progress))
+    }
+
     /// All writes, for the commit.
     pub fn into_writes(mut self) -> Writes {
         self.begin_entry();
+        if let Some(progress) = self.progress_row() {
+            self.writes.insert((Table::Meta, keys::PROGRESS.to_vec()), Some(progress));
+        }
         self.writes
     }
 }
 
 impl<R: ReadState + ?Sized> ReadState for Txn<'_, R> {
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, StateError> {
+        if table == Table::Meta && key == keys::PROGRESS && self.head.is_some() {
+            return Ok(self.progress_row());
+        }
         let at = (table, key.to_vec());
         match self.entry_writes.get(&at).or_else(|| self.writes.get(&at)) {
             Some(written) => Ok(written.clone()),
@@ -188,6 +226,10 @@ impl<R: ReadState + ?Sized> ReadState for Txn<'_, R> {
             for (key, value) in writes.range(lower.clone()..).take_while(|(key, _)| in_range(key)) {
                 overlay.insert(&key.1, value.as_ref());
             }
+        }
+        let progress = self.progress_row().filter(|_| table == Table::Meta);
+        if progress.is_some() && keys::PROGRESS >= start && end.is_none_or(|end| keys::PROGRESS < end) {
+            overlay.insert(keys::PROGRESS, progress.as_ref());
         }
         // Every deletion on top can hide one row below, so ask for that many more.
         let hidden = overlay.values().filter(|v| v.is_none()).count();

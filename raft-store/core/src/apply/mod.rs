@@ -28,7 +28,6 @@ pub(crate) use actions::due_actions;
 use crate::command::{Command, Proposal, Stamp};
 use crate::kv::{ReadState, StateError, Txn};
 use crate::outcome::{Effect, Outcome, Refusal};
-use crate::view::View;
 use idempotency::Recall;
 use step::Step;
 
@@ -50,6 +49,8 @@ pub struct Applied {
     pub replayed: bool,
     /// Who has to look.
     pub effects: Vec<Effect>,
+    /// Cluster time as of the entry, in milliseconds.
+    pub cluster_time_ms: u64,
 }
 
 /// Applies one stamped proposal on top of `txn`. It begins a new entry of the transaction itself: what the caller
@@ -62,20 +63,21 @@ pub fn apply<R: ReadState + ?Sized>(
     proposal: &Proposal,
 ) -> Result<Applied, StateError> {
     txn.begin_entry();
-    let view = View(&*txn);
-    let cluster = view.cluster()?;
-    let mut progress = view.progress()?;
-    if cluster.is_none() && !matches!(proposal.command, Command::FormCluster(_)) {
+    let mut head = txn.take_head()?;
+    if head.cluster.is_none() && !matches!(proposal.command, Command::FormCluster(_)) {
         // Cluster time is anchored by forming the cluster, so nothing before it may move it.
-        checksum::seal(txn, at, progress);
+        let cluster_time_ms = head.progress.cluster_time_ms;
+        checksum::seal(txn, at, head);
         return Ok(Applied {
             outcome: Outcome::Refused(Refusal::NotFormed),
             replayed: false,
             effects: Vec::new(),
+            cluster_time_ms,
         });
     }
-    progress.cluster_time_ms = progress.cluster_time_ms.max(stamp.cluster_time_ms);
-    let mut step = Step::new(txn, at, stamp.own_term_only, cluster, progress);
+    head.progress.cluster_time_ms = head.progress.cluster_time_ms.max(stamp.cluster_time_ms);
+    let cluster_time_ms = head.progress.cluster_time_ms;
+    let mut step = Step::new(txn, at, stamp.own_term_only, head);
     let (outcome, replayed) = match &proposal.idempotency {
         None => (step.run(&proposal.command)?, false),
         Some(idempotency) => match step.recall(idempotency)? {
@@ -88,16 +90,16 @@ pub fn apply<R: ReadState + ?Sized>(
             }
         },
     };
-    let (progress, effects) = step.finish();
-    checksum::seal(txn, at, progress);
-    Ok(Applied { outcome, replayed, effects })
+    let (head, effects) = step.finish();
+    checksum::seal(txn, at, head);
+    Ok(Applied { outcome, replayed, effects, cluster_time_ms })
 }
 
 /// Accounts for a blank or membership entry: it moves only the running checksum.
 pub fn apply_blank<R: ReadState + ?Sized>(txn: &mut Txn<'_, R>, at: Position) -> Result<(), StateError> {
     txn.begin_entry();
-    let progress = View(&*txn).progress()?;
-    checksum::seal(txn, at, progress);
+    let head = txn.take_head()?;
+    checksum::seal(txn, at, head);
     Ok(())
 }
 

@@ -2,7 +2,7 @@
 
 use super::Position;
 use crate::codec::encode;
-use crate::kv::{ReadState, StateError, Table, Txn, keys};
+use crate::kv::{Head, ReadState, StateError, Table, Txn, keys};
 use crate::outcome::Effect;
 use crate::records::{ActionRecord, BackendRecord, ClusterRecord, DroneRecord, KeyRecord, ProgressRecord};
 use crate::view::View;
@@ -41,8 +41,7 @@ impl<'s, 'b, R: ReadState + ?Sized> Step<'s, 'b, R> {
         txn: &'s mut Txn<'b, R>,
         at: Position,
         own_term_only: bool,
-        cluster: Option<ClusterRecord>,
-        progress: ProgressRecord,
+        Head { cluster, progress }: Head,
     ) -> Self {
         Self {
             txn,
@@ -56,9 +55,9 @@ impl<'s, 'b, R: ReadState + ?Sized> Step<'s, 'b, R> {
         }
     }
 
-    /// What the entry leaves: progress to be sealed, and who has to look.
-    pub(super) fn finish(self) -> (ProgressRecord, Vec<Effect>) {
-        (self.progress, self.effects.into_iter().collect())
+    /// What the entry leaves: the head to be sealed, and who has to look.
+    pub(super) fn finish(self) -> (Head, Vec<Effect>) {
+        (Head { cluster: self.cluster, progress: self.progress }, self.effects.into_iter().collect())
     }
 
     pub(super) fn view(&self) -> View<&Txn<'b, R>> {
