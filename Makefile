@@ -2,10 +2,11 @@
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test build lint figures clean prerequisites prerequisites-test
+.PHONY: help demo test build lint figures bench bench-million soak-elections clean
+.PHONY: prerequisites prerequisites-test prerequisites-bench
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: build ## build, then watch a key survive the death of the leader; ends by itself
 	@deploy/demo.sh
@@ -28,11 +29,23 @@ lint: prerequisites ## rustfmt and clippy, no warnings allowed
 figures: build ## connects per second and failover time of three controllers, measured here
 	target/release/figures
 
+bench: build prerequisites-bench ## beside etcd and PostgreSQL, into target/bench.json; QUICK=1: 64 clients only
+	target/release/bench compare $(if $(QUICK),--quick) $(BENCH_FLAGS)
+
+bench-million: build ## a million held keys on 1,000 drones for ten minutes, into docs/; half an hour
+	target/release/bench million $(BENCH_FLAGS)
+
+soak-elections: build ## full load for an hour: elections and pauses that nobody asked for
+	target/release/bench elections $(BENCH_FLAGS)
+
 clean: ## remove target/
 	$(CARGO) clean
 
 prerequisites:
 	@deploy/prerequisites.sh
+
+prerequisites-bench:
+	@deploy/prerequisites.sh bench
 
 prerequisites-test:
 	@deploy/prerequisites.sh test

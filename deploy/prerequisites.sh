@@ -4,6 +4,8 @@
 #
 #   deploy/prerequisites.sh          what the build needs: RocksDB is C++ and its bindings are made with libclang
 #   deploy/prerequisites.sh test     also what the tests need: wrong clocks and cut networks
+#   deploy/prerequisites.sh bench    also the peers that Holdfast is measured beside: etcd and PostgreSQL. Debian's packages
+#                                    would start services of their own; what this installs is neither started nor enabled
 set -euo pipefail
 
 # Seconds to wait for another apt-get to let go of its lock.
@@ -27,9 +29,9 @@ has_admin_program() {
 
 mode=${1:-build}
 case "$mode" in
-    build | test) ;;
+    build | test | bench) ;;
     *)
-        echo "usage: deploy/prerequisites.sh [build|test]" >&2
+        echo "usage: deploy/prerequisites.sh [build|test|bench]" >&2
         exit 2
         ;;
 esac
@@ -44,6 +46,12 @@ if [ "$mode" = test ]; then
     has_admin_program ip || missing+=(iproute2)
     has_admin_program iptables || missing+=(iptables)
     command -v python3 >/dev/null || missing+=(python3)
+fi
+services=()
+if [ "$mode" = bench ]; then
+    command -v etcd >/dev/null || { missing+=(etcd-server) && services+=(etcd.service); }
+    compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null \
+        || { missing+=(postgresql) && services+=(postgresql.service); }
 fi
 
 if ! command -v cargo >/dev/null; then
@@ -73,7 +81,18 @@ apt() {
 
 echo "prerequisites: installing ${missing[*]}"
 log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+readonly POLICY=/usr/sbin/policy-rc.d
+policy_is_ours=
+tidy() {
+    rm -f "$log"
+    [ -z "$policy_is_ours" ] || "${as_root[@]}" rm -f "$POLICY"
+}
+trap tidy EXIT
+# Debian starts what it installs, unless this file says no.
+if [ ${#services[@]} -gt 0 ] && [ ! -e "$POLICY" ]; then
+    policy_is_ours=yes
+    printf '#!/bin/sh\nexit 101\n' | "${as_root[@]}" install -m 755 /dev/stdin "$POLICY"
+fi
 # The package lists may be absent or too old to match the mirror; fetch them only if the install fails for it.
 if ! apt install -y --no-install-recommends "${missing[@]}" >"$log" 2>&1; then
     if ! { apt update && apt install -y --no-install-recommends "${missing[@]}"; } >"$log" 2>&1; then
@@ -81,4 +100,8 @@ if ! apt install -y --no-install-recommends "${missing[@]}" >"$log" 2>&1; then
         echo "prerequisites: apt-get could not install: ${missing[*]} (its output is above)" >&2
         exit 1
     fi
+fi
+# Nor at the next boot. Without systemd there is nothing to disable.
+if [ ${#services[@]} -gt 0 ] && command -v systemctl >/dev/null; then
+    "${as_root[@]}" systemctl disable "${services[@]}" >"$log" 2>&1 || true
 fi

@@ -5,8 +5,8 @@ use crate::http::args::Consistency;
 use crate::http::error::Failure;
 use crate::hub::Hub;
 use crate::schedule::DroneCache;
-use crate::session::heartbeats;
 use crate::session::registry::Registry;
+use crate::session::{heartbeats, together};
 use holdfast_core::command::{Command, HeartbeatItem, Idempotency, Proposal};
 use holdfast_wire::ApiErrorKind;
 use raft_store::{Answer, ProposeError, ReadPoint, Store};
@@ -46,6 +46,8 @@ pub struct Shared {
     pub sessions: Registry,
     /// To the batcher.
     pub heartbeats: mpsc::Sender<HeartbeatItem>,
+    /// To the batcher of the sessions' other commands.
+    pub together: mpsc::Sender<together::Item>,
     /// Cancelled when this controller stops: streams, waiters and sockets end.
     pub stopping: CancellationToken,
     /// Background tasks and drone sessions.
@@ -104,6 +106,7 @@ impl App {
     /// Starts the shared tasks. They end when `stopping` is cancelled.
     pub fn start(store: Store, settings: Settings, stopping: CancellationToken) -> Self {
         let (heartbeats, items) = mpsc::channel(heartbeats::QUEUE_MAX);
+        let (together, commands) = mpsc::channel(together::QUEUE_MAX);
         let app = Self(Arc::new(Shared {
             store,
             settings,
@@ -111,6 +114,7 @@ impl App {
             drones: DroneCache::default(),
             sessions: Registry::default(),
             heartbeats,
+            together,
             stopping,
             tasks: TaskTracker::new(),
             waiting_connects: Semaphore::new(WAITING_CONNECTS_MAX),
@@ -124,6 +128,7 @@ impl App {
         let stopping = app.stopping.clone();
         app.tasks.spawn(async move { stopping.run_until_cancelled(hub).await });
         app.tasks.spawn(heartbeats::run(app.clone(), items));
+        app.tasks.spawn(together::run(app.clone(), commands));
         app
     }
 

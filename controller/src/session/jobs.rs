@@ -1,17 +1,17 @@
 //! Proposals of a session. They run beside its loop, which goes on reading meanwhile.
 
-use super::renewals;
+use super::{renewals, together};
 use crate::app::App;
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use holdfast_core::command::{Command, Proposal, Renew, StateReport};
+use holdfast_core::command::{FromDrone, Renew, StateReport};
+use holdfast_core::outcome::Outcome;
 use holdfast_wire::LeaseConfig;
 use holdfast_wire::drone::BackendEvent;
-use raft_store::{Answer, ProposeError};
+use raft_store::ProposeError;
 use std::time::{Duration, Instant};
+use tokio::sync::oneshot;
 
-/// How long one proposal of a session may look for a leader before it is made anew.
-const TRY_DEADLINE: Duration = Duration::from_secs(2);
 /// Pause before a proposal is repeated that failed at once (too much under way, outcome unknown). There is no event to
 /// wait for.
 const RETRY_PAUSE: Duration = Duration::from_millis(50);
@@ -23,33 +23,46 @@ pub enum Done {
         /// What it was for.
         requests: Vec<renewals::Request>,
         /// What became of it.
-        answer: Result<Answer, ProposeError>,
+        answer: Result<Outcome, ProposeError>,
     },
     /// See [`report`].
     Reported {
         /// What it was for.
         events: Vec<BackendEvent>,
         /// What became of it.
-        answer: Result<Answer, ProposeError>,
+        answer: Result<Outcome, ProposeError>,
     },
     /// See [`acknowledge`].
-    Acknowledged(Result<Answer, ProposeError>),
+    Acknowledged(Result<Outcome, ProposeError>),
+}
+
+/// One try, of which nobody waits for the end after `until`.
+async fn once(app: &App, command: FromDrone, until: Option<Instant>) -> Result<Outcome, ProposeError> {
+    let ended = || ProposeError::Stopped("this controller is stopping".to_owned());
+    let (answer, answered) = oneshot::channel();
+    let outcome = async {
+        app.together.send(together::Item { command, answer }).await.map_err(|_| ended())?;
+        answered.await.map_err(|_| ended())?
+    };
+    match until {
+        None => outcome.await,
+        Some(until) => tokio::time::timeout_at(until.into(), outcome)
+            .await
+            .unwrap_or_else(|_| Err(ProposeError::OutcomeUnknown("the lease is nearly over".to_owned()))),
+    }
 }
 
 /// Proposes until the answer is definite, or `until`. Only for commands that may be applied twice.
-async fn patiently(app: &App, command: Command, until: Option<Instant>) -> Result<Answer, ProposeError> {
+async fn patiently(app: &App, command: FromDrone, until: Option<Instant>) -> Result<Outcome, ProposeError> {
     loop {
-        let left = until
-            .map_or(TRY_DEADLINE, |until| until.saturating_duration_since(Instant::now()).min(TRY_DEADLINE));
-        let proposal = Proposal { command: command.clone(), idempotency: None };
-        let answer = app.propose_within(proposal, left).await;
-        match &answer {
+        let outcome = once(app, command.clone(), until).await;
+        match &outcome {
             Err(ProposeError::NoLeader | ProposeError::OutcomeUnknown(_) | ProposeError::Overloaded)
                 if until.is_none_or(|until| Instant::now() + RETRY_PAUSE < until) =>
             {
                 tokio::time::sleep(RETRY_PAUSE).await;
             }
-            _ => return answer,
+            _ => return outcome,
         }
     }
 }
@@ -62,7 +75,7 @@ pub fn renew(
     lease: LeaseConfig,
 ) -> BoxFuture<'static, Done> {
     async move {
-        let command = Command::Renew(Renew { drone_id, keys: renewals::keys(&requests) });
+        let command = FromDrone::Renew(Renew { drone_id, keys: renewals::keys(&requests) });
         let answer = patiently(&app, command, renewals::give_up_at(&requests, &lease)).await;
         Done::Renewed { requests, answer }
     }
@@ -80,7 +93,7 @@ pub fn report(app: App, drone_id: i32, events: Vec<BackendEvent>) -> BoxFuture<'
                 token: event.token,
             })
             .collect();
-        let answer = patiently(&app, Command::ReportStates { drone_id, reports }, None).await;
+        let answer = patiently(&app, FromDrone::ReportStates { drone_id, reports }, None).await;
         Done::Reported { events, answer }
     }
     .boxed()
@@ -89,7 +102,7 @@ pub fn report(app: App, drone_id: i32, events: Vec<BackendEvent>) -> BoxFuture<'
 /// Records that the drone has its actions.
 pub fn acknowledge(app: App, drone_id: i32, action_ids: Vec<String>) -> BoxFuture<'static, Done> {
     async move {
-        Done::Acknowledged(patiently(&app, Command::AckActions { drone_id, action_ids }, None).await)
+        Done::Acknowledged(patiently(&app, FromDrone::AckActions { drone_id, action_ids }, None).await)
     }
     .boxed()
 }

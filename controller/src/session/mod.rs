@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!            ┌── handshake, registration (an entry) ──┐
-//!   drone ═══╡ frames ─▶ session loop ──▶ proposals: renewals, reports, acknowledgements (one session's, batched)
-//!   socket   │              │    │                    heartbeats (batched over all sessions)
+//!   drone ═══╡ frames ─▶ session loop ──▶ proposals, batched over all sessions: renewals,
+//!   socket   │              │    │                    reports, acknowledgements; heartbeats
 //!            ╘◀═ writer ◀───┘    └─◀─ applied state: due actions, newer sessions
 //! ```
 //!
@@ -27,6 +27,7 @@ pub mod registry;
 pub mod renewals;
 mod run;
 mod start;
+pub mod together;
 
 use crate::app::App;
 use crate::http::args::{PathArgs, QueryArgs};

@@ -22,7 +22,7 @@ use holdfast_wire::drone::{
     MessageFromDrone, MessageToDrone,
 };
 use holdfast_wire::{LeaseConfig, TerminationKind, TerminationReason};
-use raft_store::{Answer, ProposeError};
+use raft_store::ProposeError;
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 use tokio::time::MissedTickBehavior;
@@ -275,7 +275,7 @@ impl Session {
         match done {
             Done::Renewed { requests, answer } => {
                 self.renewing -= 1;
-                match answer.map(|answer| answer.outcome) {
+                match answer {
                     Ok(Outcome::Renewed(outcomes)) => {
                         let lease = self.lease()?;
                         self.answer_renewals(&requests, &outcomes, &lease)
@@ -310,8 +310,12 @@ impl Session {
         End::close(CLOSE_GO_ELSEWHERE, "unexpected outcome")
     }
 
-    fn reported(&mut self, events: &[BackendEvent], answer: Result<Answer, ProposeError>) -> Result<(), End> {
-        let outcomes = match answer.map(|answer| answer.outcome) {
+    fn reported(
+        &mut self,
+        events: &[BackendEvent],
+        answer: Result<Outcome, ProposeError>,
+    ) -> Result<(), End> {
+        let outcomes = match answer {
             Ok(Outcome::Reported(outcomes)) => outcomes,
             Ok(other) => return Err(self.unexpected(&other)),
             Err(error) => return self.failed("a report", &error),

@@ -106,6 +106,41 @@ pub enum Command {
     Sweep(Sweep),
     /// Only moves cluster time.
     Tick,
+    /// What drones' sessions ask for, in one entry for many of them. Each is done as if it had an entry of its own, in
+    /// this order. Acquisitions can't be among them: a token is the index of an entry.
+    Together(Vec<FromDrone>),
+}
+
+/// Part of [`Command::Together`].
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum FromDrone {
+    /// As [`Command::Renew`].
+    Renew(Renew),
+    /// As [`Command::ReportStates`].
+    ReportStates {
+        /// The reporting drone.
+        drone_id: i32,
+        /// The reports.
+        reports: Vec<StateReport>,
+    },
+    /// As [`Command::AckActions`].
+    AckActions {
+        /// The drone.
+        drone_id: i32,
+        /// Their ids.
+        action_ids: Vec<String>,
+    },
+}
+
+impl FromDrone {
+    /// How much of an entry it takes ([`crate::limits::TOGETHER_ITEMS_MAX`]): its keys, reports or ids, and itself.
+    pub fn items(&self) -> usize {
+        1 + match self {
+            Self::Renew(renew) => renew.keys.len(),
+            Self::ReportStates { reports, .. } => reports.len(),
+            Self::AckActions { action_ids, .. } => action_ids.len(),
+        }
+    }
 }
 
 /// See [`Command::FormCluster`].

@@ -23,6 +23,14 @@ pub const HEARTBEATS_PER_ENTRY_MAX: usize = 1024;
 pub const REPORTS_PER_ENTRY_MAX: usize = 1024;
 /// Most action ids that one entry acknowledges.
 pub const ACKS_PER_ENTRY_MAX: usize = 4096;
+/// Most items ([`crate::command::FromDrone::items`]) in one entry of several sessions' commands; the largest command of
+/// each kind fits.
+pub const TOGETHER_ITEMS_MAX: usize = 8192;
+const _: () = assert!(
+    RENEWALS_PER_ENTRY_MAX < TOGETHER_ITEMS_MAX
+        && REPORTS_PER_ENTRY_MAX < TOGETHER_ITEMS_MAX
+        && ACKS_PER_ENTRY_MAX < TOGETHER_ITEMS_MAX
+);
 /// How long a drone's name stays with a session that was heard of, in milliseconds of cluster time, against another
 /// incarnation that does not take it over; with short leases half of `renew` if that is less.
 pub const NAME_HELD_MS: u64 = 5_000;

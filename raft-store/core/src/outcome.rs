@@ -31,6 +31,8 @@ pub enum Outcome {
     Updated(bool),
     /// [`crate::command::Command::ReportStates`]: one for each report, in order.
     Reported(Vec<ReportOutcome>),
+    /// [`crate::command::Command::Together`]: the outcome of each, in order.
+    Together(Vec<Outcome>),
 }
 
 /// Who holds a key.

@@ -89,8 +89,10 @@ impl Cluster {
                 flag("--advertise-url", format!("http://{listen}")),
                 flag("--initial-cluster", initial.join(",")),
                 flag("--lease", &plan.lease),
-                flag("--election-timeout", &plan.election_timeout),
             ];
+            if !plan.election_timeout.is_empty() {
+                flags.push(flag("--election-timeout", &plan.election_timeout));
+            }
             if plan.default_cluster {
                 flags.push(flag("--default-cluster", &name));
             }

@@ -66,7 +66,7 @@ impl ClusterBuilder {
         self
     }
 
-    /// Election time-out, in the form of `--election-timeout` (500ms).
+    /// Election time-out, in the form of `--election-timeout` (500ms); empty: the controllers' own default.
     #[must_use]
     pub fn election_timeout(mut self, duration: &str) -> Self {
         self.election_timeout = duration.to_owned();

@@ -25,8 +25,9 @@ mod sweep;
 
 pub(crate) use actions::due_actions;
 
-use crate::command::{Command, Proposal, Stamp};
+use crate::command::{Command, FromDrone, Proposal, Stamp};
 use crate::kv::{ReadState, StateError, Txn};
+use crate::limits::TOGETHER_ITEMS_MAX;
 use crate::outcome::{Effect, Outcome, Refusal};
 use idempotency::Recall;
 use step::Step;
@@ -123,6 +124,19 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
             Command::RevokeTokens { backend_id, user } => self.revoke_tokens(backend_id, user),
             Command::Sweep(sweep) => self.sweep(sweep),
             Command::Tick => Ok(Outcome::Done),
+            Command::Together(commands) => self.together(commands),
         }
+    }
+
+    fn together(&mut self, commands: &[FromDrone]) -> Result<Outcome, StateError> {
+        if commands.iter().map(FromDrone::items).sum::<usize>() > TOGETHER_ITEMS_MAX {
+            return Ok(Outcome::Refused(Refusal::Full("the number of items in one entry".to_owned())));
+        }
+        let outcomes = commands.iter().map(|command| match command {
+            FromDrone::Renew(renew) => self.renew(renew),
+            FromDrone::ReportStates { drone_id, reports } => self.report_states(*drone_id, reports),
+            FromDrone::AckActions { drone_id, action_ids } => self.ack_actions(*drone_id, action_ids),
+        });
+        Ok(Outcome::Together(outcomes.collect::<Result<_, _>>()?))
     }
 }
