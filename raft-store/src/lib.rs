@@ -42,6 +42,7 @@ mod log_store;
 mod overlay;
 mod raft_thread;
 mod rejoin;
+mod row_cache;
 mod snapshots;
 pub mod state_db;
 mod state_machine;

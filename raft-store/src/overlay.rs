@@ -16,17 +16,67 @@
 
 use crate::types::{LogId, StoredMembership};
 use holdfast_core::kv::{Row, Table, Writes};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Bound;
 use std::sync::Arc;
 
 /// Memory that a row takes beside its bytes, about.
 const ROW_EXTRA_BYTES: usize = 96;
 
-type Rows = BTreeMap<Vec<u8>, Option<Vec<u8>>>;
+/// The rows of one table.
+#[derive(Debug)]
+enum Rows {
+    /// In order, for tables that are scanned all the time.
+    Ordered(BTreeMap<Vec<u8>, Option<Vec<u8>>>),
+    /// For large tables of which mostly single rows are read; a scan sorts what it finds.
+    Hashed(HashMap<Vec<u8>, Option<Vec<u8>>>),
+}
+
+type RowRef<'a> = (&'a Vec<u8>, &'a Option<Vec<u8>>);
+
+impl Rows {
+    fn new(table: Table) -> Self {
+        match table {
+            Table::Keys | Table::Backends | Table::SuppliedIds | Table::Idempotency => {
+                Self::Hashed(HashMap::new())
+            }
+            _ => Self::Ordered(BTreeMap::new()),
+        }
+    }
+
+    fn get(&self, key: &[u8]) -> Option<&Option<Vec<u8>>> {
+        match self {
+            Self::Ordered(rows) => rows.get(key),
+            Self::Hashed(rows) => rows.get(key),
+        }
+    }
+
+    fn insert(&mut self, key: Vec<u8>, value: Option<Vec<u8>>) -> Option<Option<Vec<u8>>> {
+        match self {
+            Self::Ordered(rows) => rows.insert(key, value),
+            Self::Hashed(rows) => rows.insert(key, value),
+        }
+    }
+
+    /// All rows from `start` to before `end`, in order.
+    fn range<'a>(&'a self, start: &[u8], end: Option<&[u8]>) -> Box<dyn Iterator<Item = RowRef<'a>> + 'a> {
+        match self {
+            Self::Ordered(rows) => {
+                let end = end.map_or(Bound::Unbounded, Bound::Excluded);
+                Box::new(rows.range::<[u8], _>((Bound::Included(start), end)))
+            }
+            Self::Hashed(rows) => {
+                let inside = |key: &[u8]| key >= start && end.is_none_or(|end| key < end);
+                let mut found: Vec<_> = rows.iter().filter(|(key, _)| inside(key)).collect();
+                found.sort_unstable_by_key(|(key, _)| *key);
+                Box::new(found.into_iter())
+            }
+        }
+    }
+}
 
 /// Committed writes on top of something older.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Layer {
     tables: [Rows; Table::ALL.len()],
     bytes: usize,
@@ -34,6 +84,12 @@ pub struct Layer {
     pub applied: Option<LogId>,
     /// Set if an entry in it set it.
     pub membership: Option<StoredMembership>,
+}
+
+impl Default for Layer {
+    fn default() -> Self {
+        Self { tables: Table::ALL.map(Rows::new), bytes: 0, applied: None, membership: None }
+    }
 }
 
 impl Layer {
@@ -64,11 +120,11 @@ impl Layer {
         self.applied.is_none()
     }
 
-    /// All rows.
+    /// All rows, in order.
     pub fn rows(&self) -> impl Iterator<Item = (Table, &Vec<u8>, &Option<Vec<u8>>)> {
-        Table::ALL
-            .into_iter()
-            .flat_map(|table| self.tables[table as usize].iter().map(move |(key, value)| (table, key, value)))
+        Table::ALL.into_iter().flat_map(|table| {
+            self.tables[table as usize].range(&[], None).map(move |(key, value)| (table, key, value))
+        })
     }
 
     fn get(&self, table: Table, key: &[u8]) -> Option<&Option<Vec<u8>>> {
@@ -80,9 +136,8 @@ impl Layer {
         table: Table,
         start: &[u8],
         end: Option<&[u8]>,
-    ) -> impl Iterator<Item = (&'a Vec<u8>, &'a Option<Vec<u8>>)> {
-        let end = end.map_or(Bound::Unbounded, Bound::Excluded);
-        self.tables[table as usize].range::<[u8], _>((Bound::Included(start), end))
+    ) -> Box<dyn Iterator<Item = RowRef<'a>> + 'a> {
+        self.tables[table as usize].range(start, end)
     }
 }
 
@@ -180,10 +235,10 @@ mod tests {
 
     type Write = (u8, Option<u8>);
 
-    fn layer(index: u64, writes: &[Write]) -> Layer {
+    fn layer(index: u64, table: Table, writes: &[Write]) -> Layer {
         let mut layer = Layer::default();
         let writes: Writes =
-            writes.iter().map(|(key, value)| ((Table::Keys, vec![*key]), value.map(|v| vec![v]))).collect();
+            writes.iter().map(|(key, value)| ((table, vec![*key]), value.map(|v| vec![v]))).collect();
         layer.absorb(writes, WireLogId { term: 1, index }.into(), None);
         layer
     }
@@ -203,6 +258,7 @@ mod tests {
             start in 0..13u8,
             end in prop::option::of(0..13u8),
             limit in 0..14usize,
+            table in prop::sample::select(vec![Table::Keys, Table::Actions]),
         ) {
             let mut whole = BTreeMap::new();
             let mut database = BTreeMap::new();
@@ -217,8 +273,8 @@ mod tests {
                 };
             }
             let layers = Layers {
-                flushing: flushing.map(|writes| Arc::new(layer(1, &writes))),
-                fresh: layer(2, &fresh),
+                flushing: flushing.map(|writes| Arc::new(layer(1, table, &writes))),
+                fresh: layer(2, table, &fresh),
             };
             let end = end.filter(|end| *end > start).map(|end| vec![end]);
             let in_range = |key: &[u8]| key >= &[start][..] && end.as_ref().is_none_or(|end| key < &end[..]);
@@ -229,11 +285,11 @@ mod tests {
                     .map(|(key, value)| (key.clone(), value.clone()))
                     .collect()
             };
-            let above = layers.range(Table::Keys, &[start], end.as_deref(), limit);
+            let above = layers.range(table, &[start], end.as_deref(), limit);
             let rows = lay_over::<()>(above, limit, |limit| Ok(first(&database, limit))).unwrap();
             prop_assert_eq!(rows, first(&whole, limit));
             for key in 0..12u8 {
-                let read = layers.get(Table::Keys, &[key]).unwrap_or_else(|| database.get(&vec![key]).cloned());
+                let read = layers.get(table, &[key]).unwrap_or_else(|| database.get(&vec![key]).cloned());
                 prop_assert_eq!(read.as_ref(), whole.get(&vec![key]));
             }
         }
@@ -241,7 +297,7 @@ mod tests {
 
     #[test]
     fn a_layer_knows_its_size_and_its_end() {
-        let mut layer = layer(1, &[(1, Some(1)), (2, None)]);
+        let mut layer = layer(1, Table::Keys, &[(1, Some(1)), (2, None)]);
         let rows = 2 * (1 + ROW_EXTRA_BYTES) + 1;
         assert_eq!(layer.bytes(), rows);
         let shorter = Writes::from([((Table::Keys, vec![1]), None)]);

@@ -3,6 +3,7 @@
 //! Entries are applied on a thread of their own: the database may stall or read the disk, and the thread that runs Raft
 //! must never wait for that. The answers go from there straight to those who wait for them.
 
+use crate::row_cache::{CachedState, RowCache};
 use crate::snapshots::{SnapshotDir, Snapshots};
 use crate::state_db::StateHandle;
 use crate::types::{Applied, LogId, Response, SnapshotMeta, Stamper, StoredMembership, TypeConfig};
@@ -10,14 +11,14 @@ use futures::{Stream, StreamExt};
 use holdfast_core::apply::{Position, apply, apply_blank};
 use holdfast_core::codec::decode;
 use holdfast_core::command::Proposal;
-use holdfast_core::kv::Txn;
+use holdfast_core::kv::{Head, Txn};
 use holdfast_core::outcome::Effect;
 use openraft::OptionalSend;
 use openraft::entry::EntryPayload;
 use openraft::storage::{ApplyResponder, EntryResponder, RaftSnapshotBuilder, RaftStateMachine, Snapshot};
 use std::io;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use tokio::sync::{broadcast, oneshot, watch};
 
 /// Most entries applied in one write batch.
@@ -54,6 +55,15 @@ struct Applier {
     stamper: Arc<Stamper>,
     applied: watch::Sender<AppliedTo>,
     effects: broadcast::Sender<Arc<[Effect]>>,
+    /// What one batch leaves for the next one.
+    kept: Mutex<Kept>,
+}
+
+/// See [`Applier::kept`].
+#[derive(Default)]
+struct Kept {
+    cache: RowCache,
+    head: Option<Head>,
 }
 
 fn io_error(error: impl std::fmt::Display) -> io::Error {
@@ -69,7 +79,8 @@ impl StateMachine {
         applied: watch::Sender<AppliedTo>,
         effects: broadcast::Sender<Arc<[Effect]>>,
     ) -> io::Result<Self> {
-        let applier = Arc::new(Applier { state, snapshots, stamper, applied, effects });
+        let applier =
+            Arc::new(Applier { state, snapshots, stamper, applied, effects, kept: Mutex::default() });
         applier.publish_progress()?;
         let (jobs, queue) = mpsc::channel::<Job>();
         let works = applier.clone();
@@ -100,7 +111,10 @@ impl Applier {
     }
 
     fn apply_batch(&self, batch: Vec<EntryResponder<TypeConfig>>) -> io::Result<()> {
-        let mut txn = Txn::new(&self.state);
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let Kept { cache, head } = &mut *kept;
+        let state = CachedState { state: &self.state, cache };
+        let mut txn = Txn::after(&state, head.take());
         let mut answers: Vec<(ApplyResponder<TypeConfig>, Response)> = Vec::new();
         let mut effects = Vec::new();
         let mut membership = None;
@@ -137,7 +151,9 @@ impl Applier {
             }
         }
         let Some(last) = last else { return Ok(()) };
+        *head = txn.head();
         let writes = txn.into_writes();
+        cache.absorb(&writes);
         self.state.commit(writes, last, membership)?;
         self.publish(AppliedTo { index: last.index, cluster_time_ms });
         for (responder, response) in answers {
@@ -189,6 +205,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             if applied >= meta.last_log_id {
                 return Ok(false);
             }
+            *applier.kept.lock().unwrap_or_else(PoisonError::into_inner) = Kept::default();
             let ours = applier.snapshots.adopt(&snapshot, &meta)?;
             applier.state.replace(&ours.path)?;
             applier.publish_progress()?;

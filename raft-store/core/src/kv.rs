@@ -122,8 +122,8 @@ impl<T: ReadState + ?Sized> ReadState for &T {
 pub type Writes = BTreeMap<(Table, Vec<u8>), Option<Vec<u8>>>;
 
 /// What every entry reads, and mostly changes. A transaction keeps it decoded from one entry to the next.
-#[derive(Debug)]
-pub(crate) struct Head {
+#[derive(Debug, Clone)]
+pub struct Head {
     pub(crate) cluster: Option<ClusterRecord>,
     pub(crate) progress: ProgressRecord,
 }
@@ -163,6 +163,16 @@ impl<'a, R: ReadState + ?Sized> Txn<'a, R> {
     /// Deletes a key.
     pub fn delete(&mut self, table: Table, key: Vec<u8>) {
         self.entry_writes.insert((table, key), None);
+    }
+
+    /// A transaction that goes on where another one ended, whose writes are in `base` now.
+    pub fn after(base: &'a R, head: Option<Head>) -> Self {
+        Self { head, ..Self::new(base) }
+    }
+
+    /// For [`Self::after`].
+    pub fn head(&self) -> Option<Head> {
+        self.head.clone()
     }
 
     /// Takes the head for one entry. [`Self::put_head`] gives it back; without that the entry has failed, and the

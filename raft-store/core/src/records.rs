@@ -61,6 +61,17 @@ pub struct KeyRecord {
 /// the spawn had been delivered after all, the drone's first report of the backend clears the mark.
 pub const VOIDED: (TerminationKind, TerminationReason) = (TerminationKind::Hard, TerminationReason::Lost);
 
+/// What a [`BackendRecord`] begins with: all that a renewal has to know of a backend, a million times in half a minute.
+#[derive(Debug, Clone, PartialEq, Eq, Decode)]
+pub struct BackendHead {
+    /// Its key.
+    pub key: KeyConfig,
+    /// Cluster it was scheduled in.
+    pub cluster: String,
+    /// Drone it was scheduled to.
+    pub drone_id: i32,
+}
+
 /// `backends/{id}`: a backend, living or recently terminated.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct BackendRecord {

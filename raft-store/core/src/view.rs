@@ -1,11 +1,11 @@
 //! Typed reads of the state, for the HTTP API, the scheduler and the drone sessions.
 
-use crate::codec::decode;
+use crate::codec::{decode, decode_first};
 use crate::kv::{ReadState, StateError, Table, keys};
 use crate::outcome::Holder;
 use crate::records::{
-    ActionRecord, BackendRecord, ClusterRecord, DroneRecord, HeartbeatRecord, IdempotencyRecord, KeyRecord,
-    ProgressRecord,
+    ActionRecord, BackendHead, BackendRecord, ClusterRecord, DroneRecord, HeartbeatRecord, IdempotencyRecord,
+    KeyRecord, ProgressRecord,
 };
 use bincode::Decode;
 use holdfast_wire::KeyConfig;
@@ -62,6 +62,12 @@ impl<R: ReadState> View<R> {
     /// A backend, living or recently terminated.
     pub fn backend(&self, id: &str) -> Result<Option<BackendRecord>, StateError> {
         read(&self.0, Table::Backends, id.as_bytes())
+    }
+
+    /// What a renewal has to know of a backend.
+    pub(crate) fn backend_head(&self, id: &str) -> Result<Option<BackendHead>, StateError> {
+        let bytes = self.0.get(Table::Backends, id.as_bytes())?;
+        Ok(bytes.map(|bytes| decode_first(&bytes)).transpose()?.map(|(head, _)| head))
     }
 
     /// A drone by its id.

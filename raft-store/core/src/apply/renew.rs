@@ -5,7 +5,6 @@ use crate::command::{Renew, RenewKey};
 use crate::kv::{ReadState, StateError};
 use crate::limits::RENEWALS_PER_ENTRY_MAX;
 use crate::outcome::{Outcome, Refusal, RenewOutcome};
-use holdfast_wire::BackendStatus;
 
 impl<R: ReadState + ?Sized> Step<'_, '_, R> {
     pub(super) fn renew(&mut self, renew: &Renew) -> Result<Outcome, StateError> {
@@ -32,10 +31,13 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
         item: &RenewKey,
         expiry_ms: u64,
     ) -> Result<RenewOutcome, StateError> {
-        let Some(backend) = self.view().backend(&item.backend_id)? else { return Ok(RenewOutcome::Unknown) };
-        if backend.drone_id != drone_id || backend.state().status() == BackendStatus::Terminated {
+        let Some(backend) = self.view().backend_head(&item.backend_id)? else {
+            return Ok(RenewOutcome::Unknown);
+        };
+        if backend.drone_id != drone_id {
             return Ok(RenewOutcome::NotHolder);
         }
+        // One that has terminated holds no key: the report that says so frees it in the same step.
         let (namespace, name) = (&backend.key.namespace, &backend.key.name);
         let Some(mut key) = self.view().key(namespace, name)? else { return Ok(RenewOutcome::NotHolder) };
         if key.backend_id != item.backend_id
