@@ -21,7 +21,7 @@ const ELECTION_TIMEOUT_MS_MIN: u64 = 50;
 /// Longest election time-out, in milliseconds.
 const ELECTION_TIMEOUT_MS_MAX: u64 = 60_000;
 /// Log entries between snapshots unless given.
-const SNAPSHOT_EVERY_DEFAULT: u64 = 20_000;
+const SNAPSHOT_EVERY_DEFAULT: u64 = 200_000;
 /// Fewest log entries between snapshots.
 const SNAPSHOT_EVERY_MIN: u64 = 100;
 /// Most log entries between snapshots.

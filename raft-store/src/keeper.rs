@@ -20,6 +20,9 @@ use tokio::sync::broadcast::error::RecvError;
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// A leader of held keys proposes a tick when no entry was applied for this long.
 const TICK_AFTER_MS: u64 = 1_000;
+/// Bytes of log entries between snapshots at most; with the entries that are kept behind a snapshot, about twice that
+/// is the log's size on disk.
+const LOG_BYTES_PER_SNAPSHOT: u64 = 256 << 20;
 /// Deadline of the keeper's own proposals; it looks again afterwards.
 const PROPOSE_DEADLINE: Duration = Duration::from_secs(2);
 
@@ -27,7 +30,9 @@ const PROPOSE_DEADLINE: Duration = Duration::from_secs(2);
 pub async fn run(inner: Arc<Inner>) {
     let mut effects = inner.effects.subscribe();
     let mut last_applied = (0, boot_ms());
+    let mut snapshot = (0, 0);
     loop {
+        bound_log(&inner, &mut snapshot).await;
         let result = look(&inner, &mut last_applied).await;
         if let Err(error) = result {
             inner.fail(error.to_string());
@@ -81,6 +86,21 @@ async fn look(inner: &Arc<Inner>, last_applied: &mut (u64, u64)) -> Result<(), S
         propose(inner, Command::Tick, None).await;
     }
     sweep(inner, &view, term).await
+}
+
+/// Asks for a snapshot when the log has grown by many bytes since the last one: entries can be few and large. openraft
+/// counts entries by itself. `last` is the last snapshot's index, and how much had been appended when it was seen.
+async fn bound_log(inner: &Inner, last: &mut (u64, u64)) {
+    let index = inner.snapshot_index();
+    let appended = inner.log.appended_bytes();
+    if index != last.0 {
+        *last = (index, appended);
+    }
+    if appended - last.1 >= LOG_BYTES_PER_SNAPSHOT {
+        last.1 = appended;
+        // A replica that is stopping needs none.
+        let _ = inner.raft.trigger().snapshot().await;
+    }
 }
 
 async fn sweep(

@@ -22,7 +22,7 @@ use std::fmt::Debug;
 use std::io;
 use std::ops::{Bound, RangeBounds};
 use std::path::Path;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use tokio::sync::oneshot;
 
@@ -110,6 +110,8 @@ impl Op {
 
 struct Shared {
     db: DB,
+    /// Bytes of entries appended since the start.
+    appended_bytes: AtomicU64,
     tail: Mutex<Tail>,
     queue: mpsc::Sender<Op>,
     stamper: Arc<Stamper>,
@@ -223,8 +225,14 @@ impl LogStore {
             ..Tail::default()
         };
         let (queue, ops) = mpsc::channel();
-        let shared =
-            Arc::new(Shared { db, tail: Mutex::new(tail), queue, stamper, writer: Mutex::new(None) });
+        let shared = Arc::new(Shared {
+            db,
+            appended_bytes: AtomicU64::new(0),
+            tail: Mutex::new(tail),
+            queue,
+            stamper,
+            writer: Mutex::new(None),
+        });
         let this = Self { shared: shared.clone() };
         this.refresh_last_stamp()?;
         // The thread holds the database only weakly between batches, so that dropping the store closes it.
@@ -249,6 +257,11 @@ impl LogStore {
         if let Some(writer) = writer {
             let _ = writer.join();
         }
+    }
+
+    /// Bytes of entries appended since the start.
+    pub fn appended_bytes(&self) -> u64 {
+        self.shared.appended_bytes.load(Ordering::Relaxed)
     }
 
     /// Whether nothing was ever written: no vote and no entry.
@@ -568,6 +581,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
                 rows.push((index, encoded));
             }
         }
+        self.shared.appended_bytes.fetch_add(total as u64, Ordering::Relaxed);
         self.send(Op::Append { rows, last, bytes: total, callback })
     }
 

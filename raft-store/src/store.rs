@@ -70,7 +70,7 @@ pub(crate) struct Inner {
     forward_clients: Mutex<HashMap<u64, (String, Arc<RpcClient>)>>,
     in_flight: Semaphore,
     snapshots: Arc<Snapshots>,
-    log: LogStore,
+    pub(crate) log: LogStore,
     tasks: TaskTracker,
     _lock: File,
 }
@@ -470,6 +470,11 @@ impl Store {
 }
 
 impl Inner {
+    /// Index of the last snapshot here; 0 if there is none.
+    pub(crate) fn snapshot_index(&self) -> u64 {
+        self.snapshots.current().and_then(|(meta, _)| meta.last_log_id).map_or(0, |at| at.index)
+    }
+
     async fn stop(&self) {
         let inner = self;
         inner.cancel.cancel();
@@ -632,11 +637,15 @@ impl Forwarded for Arc<Inner> {
 
 /// Keeps the leader watch current and notices a failed replica.
 async fn watch_raft(inner: Arc<Inner>) {
-    let mut metrics = inner.raft.metrics();
+    let metrics = inner.raft.metrics();
+    // The metrics change with every entry, and this part of them when there is something to see here. Both are sent
+    // before this task runs, which shares its thread with their sender.
+    let mut server = inner.raft.server_metrics();
     let mut urls = inner.directory.changes();
     loop {
         {
-            let now = metrics.borrow_and_update();
+            let _seen = server.borrow_and_update();
+            let now = metrics.borrow_watched();
             if let Err(fatal) = &now.running_state {
                 let why = fatal.to_string();
                 drop(now);
@@ -659,7 +668,7 @@ async fn watch_raft(inner: Arc<Inner>) {
             });
         }
         tokio::select! {
-            changed = metrics.changed() => if changed.is_err() { return },
+            changed = server.changed() => if changed.is_err() && inner.cancel.is_cancelled() { return },
             _ = urls.changed() => {}
             () = tokio::time::sleep(Duration::from_millis(inner.config.election_timeout_ms)) => {}
             () = inner.cancel.cancelled() => return,

@@ -19,8 +19,8 @@ use tokio::sync::{mpsc, oneshot};
 pub const QUEUE_MAX: usize = 8192;
 /// How long one entry may look for a leader before it is given up, and its parts may be proposed anew.
 pub const DEADLINE: Duration = Duration::from_secs(2);
-/// Entries under way: one that is being made durable, and one that is being written, sent or answered.
-const ENTRIES_MAX: usize = 2;
+/// Entries under way: enough that one is always being made durable while others are written, sent or answered.
+const ENTRIES_MAX: usize = 4;
 
 /// A command and who waits for it.
 pub struct Item {
