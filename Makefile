@@ -2,7 +2,7 @@
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test build lint figures clean prerequisites prerequisites-test
+.PHONY: help demo test build lint soak figures clean prerequisites prerequisites-test
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ build: prerequisites ## the three binaries, in target/release
 lint: prerequisites ## rustfmt and clippy, no warnings allowed
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
+
+soak: build ## the long tests: a million keys, minutes of writes
+	$(CARGO) nextest run --release --workspace --profile soak --run-ignored only --no-capture
 
 figures: build ## connects per second and failover time of three controllers, measured here
 	target/release/figures

@@ -34,12 +34,17 @@
 //! 8. *Unknown is said*: [`ProposeError`] tells "certainly not done" from "done or not done".
 
 pub mod api;
+pub mod backup;
 mod boot_clock;
+#[cfg(test)]
+mod checkpoint_test;
 mod codec;
 mod files;
+mod incoming;
 mod keeper;
 mod log_store;
 mod rejoin;
+pub mod restore;
 mod snapshots;
 pub mod state_db;
 mod state_machine;
@@ -50,5 +55,6 @@ mod transport;
 mod types;
 
 pub use api::*;
+pub use holdfast_backup as backup_file;
 pub use holdfast_core as core;
 pub use store::{PROPOSAL_BYTES_MAX, Store};

@@ -155,6 +155,13 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         SnapshotBuilder { state: self.state.clone(), snapshots: self.snapshots.clone() }
     }
 
+    async fn try_create_snapshot_builder(&mut self, force: bool) -> Option<SnapshotBuilder> {
+        if !force && self.snapshots.is_held() {
+            return None;
+        }
+        Some(self.get_snapshot_builder().await)
+    }
+
     async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: SnapshotData) -> io::Result<()> {
         let (applied, _) = self.state.applied().map_err(io_error)?;
         if applied >= meta.last_log_id {
