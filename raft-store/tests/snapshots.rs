@@ -308,6 +308,13 @@ async fn a_snapshot_arrives_over_a_link_that_keeps_breaking(
     let writer = keep_writing(cluster.store(leader).clone(), drone_id, stop.clone());
     let began = Instant::now();
     cluster.open(3).await;
+    while proxy.cuts.load(Ordering::Relaxed) < 2 {
+        assert!(began.elapsed() < DEADLINE, "no transfer has begun");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    // What has arrived outlives its receiver's restart.
+    cluster.stop(3).await;
+    cluster.open(3).await;
     // Everything that was acknowledged by now, though the link breaks every few hundred milliseconds.
     let now = cluster.store(leader).status().applied;
     let patience = Duration::from_secs(120 + keys as u64 / 2_000);
@@ -332,7 +339,8 @@ async fn a_snapshot_arrives_over_a_link_that_keeps_breaking(
         .unwrap()
         .map(|e| e.unwrap().file_name())
         .collect();
-    assert!(names.iter().all(|name| name.to_string_lossy().starts_with("snap-")), "{names:?}");
+    let left = |name: &str| name.starts_with("incoming-") || name.starts_with("arrived-");
+    assert!(!names.iter().any(|name| left(&name.to_string_lossy())), "{names:?}");
     cluster.stop_all().await;
 }
 
@@ -430,6 +438,7 @@ async fn backups_are_of_one_instant_whatever_is_written_meanwhile_and_the_same_o
     let mut indexes = Vec::new();
     for round in 0..4 {
         for (id, store) in &cluster.stores {
+            store.linearizable(DEADLINE).await.unwrap();
             let summary = save(store, &cluster.dir.path().join(format!("{round}-{id}"))).await;
             assert!(summary.keys_held >= 2_000 && summary.backends_live == summary.keys_held);
             indexes.push(summary.index);
@@ -533,7 +542,15 @@ async fn a_restored_cluster_waits_one_full_expiry_and_its_tokens_lie_beyond_all_
         began.elapsed()
     );
     assert!(taken.token > later.token && taken.token > backup.index + INDEX_JUMP);
-    hold(new.store(2), drone_id, "k", 100, 10).await;
+    // A backend's id is never used again, also after a restore.
+    let again = propose(new.store(2), acquire("k0", "ba-k0", drone_id, 10)).await.outcome;
+    assert_eq!(again, Outcome::Refused(Refusal::BackendIdUsed("ba-k0".into())));
+    beat(new.store(2), drone_id, "s2").await;
+    for n in 0..100 {
+        acquired(
+            propose(new.store(2), acquire(&format!("k{n}"), &format!("ba-again-{n}"), drone_id, 10)).await,
+        );
+    }
     new.agree().await;
     // It goes on after a restart, and its own backup can be restored again.
     let second = save(new.store(3), &new.dir.path().join("second")).await;
@@ -579,6 +596,9 @@ async fn every_member_gets_the_same_rows_from_the_same_backup_and_none_mixes_wit
     std::fs::remove_dir_all(new.data_dir(3)).unwrap();
     restore(&options(&first, &new, 3)).await.unwrap();
     new.open(3).await;
+    for _ in 0..140 {
+        beat(new.store(1), drone_id, "s3").await;
+    }
     new.agree().await;
     let mut all = Vec::new();
     for (id, store) in &new.stores {
@@ -655,7 +675,9 @@ fn peak_mib() -> u64 {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "takes minutes: make soak"]
 async fn a_million_keys_reach_a_member_over_a_link_that_keeps_breaking_while_writes_go_on() {
-    a_snapshot_arrives_over_a_link_that_keeps_breaking(1_000_000, 10, 48 << 20).await;
+    let keys = std::env::var("HOLDFAST_SOAK_KEYS").map_or(1_000_000, |keys| keys.parse().unwrap());
+    let cut_after = keys as u64 * 48;
+    a_snapshot_arrives_over_a_link_that_keeps_breaking(keys, 10, cut_after).await;
     println!("most memory of all three members together: {} MiB", peak_mib());
 }
 

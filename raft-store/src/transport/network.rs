@@ -265,9 +265,10 @@ async fn files_of(dir: &Path) -> io::Result<Vec<(String, u64)>> {
     let mut files = Vec::new();
     let mut entries = tokio::fs::read_dir(dir).await?;
     while let Some(entry) = entries.next_entry().await? {
-        let meta = entry.metadata().await?;
-        if meta.is_file() {
-            files.push((entry.file_name().to_string_lossy().into_owned(), meta.len()));
+        let (meta, name) = (entry.metadata().await?, entry.file_name().to_string_lossy().into_owned());
+        // Not RocksDB's notes: they are no part of the state, and change whenever the directory is looked at.
+        if meta.is_file() && !name.starts_with("LOG") && name != "LOCK" {
+            files.push((name, meta.len()));
         }
     }
     files.sort();
