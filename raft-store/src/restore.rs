@@ -24,12 +24,12 @@
 
 use crate::files::{remove_dir_if_there, sync_dir, write_durably};
 use crate::log_store::LogStore;
-use crate::state_db::StateHandle;
+use crate::state_db::{StateHandle, TableRow};
 use crate::types::{CommittedLeader, LeaderId, LogId, Stamper, StoredMembership, Vote, members_of};
 use holdfast_backup::{BackupError, Reader, Row, Summary, inspect};
 use holdfast_core::codec::{decode, encode};
 use holdfast_core::kv::{StateError, Table, keys};
-use holdfast_core::limits::{DRONE_ID_MAX, TOKEN_MAX};
+use holdfast_core::limits::TOKEN_MAX;
 use holdfast_core::records::{BackendRecord, ClusterRecord, DroneRecord, ProgressRecord, RestoredRecord};
 use holdfast_wire::{BackendState, BackendStatus, TerminationReason};
 use openraft::Membership;
@@ -272,7 +272,7 @@ impl Carry {
         Self { now_ms, cluster: None, progress: None }
     }
 
-    fn row(&mut self, row: Row, kept: &mut Vec<(Table, Vec<u8>, Vec<u8>)>) -> Result<(), StateError> {
+    fn row(&mut self, row: Row, kept: &mut Vec<TableRow>) -> Result<(), StateError> {
         let Row { table, key, value } = row;
         match table {
             Table::Meta if key == keys::CLUSTER => self.cluster = Some(decode(&value)?),
@@ -312,7 +312,7 @@ impl Carry {
     }
 
     /// The rows of the meta table, once all others were seen.
-    fn meta(self, plan: &Plan) -> Result<Vec<(Table, Vec<u8>, Vec<u8>)>, StateError> {
+    fn meta(self, plan: &Plan) -> Result<Vec<TableRow>, StateError> {
         let (Some(cluster), Some(mut progress)) = (self.cluster, self.progress) else {
             return Err(StateError::Damaged("there is no cluster record".to_owned()));
         };
@@ -323,7 +323,7 @@ impl Carry {
         let digest = Sha256::digest(plan.id_prefix.as_bytes());
         progress.checksum =
             digest.iter().take(8).fold(progress.checksum, |sum, byte| sum.rotate_left(8) ^ u64::from(*byte));
-        progress.last_drone_id = progress.last_drone_id.saturating_add(DRONE_ID_JUMP).min(DRONE_ID_MAX);
+        progress.last_drone_id = progress.last_drone_id.saturating_add(DRONE_ID_JUMP);
         let restored = RestoredRecord {
             from_cluster_id: cluster.cluster_id,
             from_index: plan.backup.index,

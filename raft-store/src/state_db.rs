@@ -177,6 +177,11 @@ impl StateHandle {
     }
 }
 
+/// A row with its table.
+pub(crate) type TableRow = (Table, Vec<u8>, Vec<u8>);
+/// A row as RocksDB gives it.
+type RawRow = (Box<[u8]>, Box<[u8]>);
+
 /// The state as of one instant, in the database that is live now.
 pub(crate) struct Frozen<'a> {
     db: &'a DB,
@@ -192,7 +197,7 @@ impl StateHandle {
     }
 
     /// Writes rows of a state that is being built, without a log: durable after [`Self::finish_load`] alone.
-    pub(crate) fn load(&self, rows: impl IntoIterator<Item = (Table, Vec<u8>, Vec<u8>)>) -> io::Result<()> {
+    pub(crate) fn load(&self, rows: impl IntoIterator<Item = TableRow>) -> io::Result<()> {
         let current = self.current();
         let mut batch = WriteBatch::default();
         for (table, key, value) in rows {
@@ -219,10 +224,7 @@ impl StateHandle {
 
 impl Frozen<'_> {
     /// Every row of a table, in the order of its keys.
-    pub(crate) fn rows(
-        &self,
-        table: Table,
-    ) -> Result<impl Iterator<Item = io::Result<(Box<[u8]>, Box<[u8]>)>>, StateError> {
+    pub(crate) fn rows(&self, table: Table) -> Result<impl Iterator<Item = io::Result<RawRow>>, StateError> {
         let cf = cf(self.db, table)?;
         let mut options = ReadOptions::default();
         // What is read once must not drive out what is read again and again.

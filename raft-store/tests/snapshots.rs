@@ -326,6 +326,11 @@ async fn a_snapshot_arrives_over_a_link_that_keeps_breaking(
     cluster.agree().await;
     assert_eq!(cluster.store(3).local().view.progress().unwrap().keys_held, keys as u64);
 
+    let (file, began) = (cluster.dir.path().join("backup"), Instant::now());
+    let backup = save(cluster.store(3), &file).await;
+    let (saved, began) = (began.elapsed(), Instant::now());
+    restore(&options(&file, &Cluster::plan(1), 1)).await.unwrap();
+    println!("backup of {} MiB saved in {saved:?}, restored in {:?}", backup.bytes >> 20, began.elapsed());
     let snapshot = bytes_below(&cluster.data_dir(3).join("snapshots"));
     let (cuts, carried) = (proxy.cuts.load(Ordering::Relaxed), proxy.large_bytes.load(Ordering::Relaxed));
     println!(
@@ -665,6 +670,11 @@ async fn what_is_damaged_unfinished_or_in_use_is_not_restored_and_says_so() {
     assert!(error.contains("belongs to member 1, not 2"), "{error}");
 }
 
+/// How much of a long test is done: `HOLDFAST_SOAK_…` or all of it.
+fn soak(what: &str, all: u64) -> u64 {
+    std::env::var(format!("HOLDFAST_SOAK_{what}")).map_or(all, |given| given.parse().unwrap())
+}
+
 /// Most memory this process has used, in MiB.
 fn peak_mib() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
@@ -675,9 +685,8 @@ fn peak_mib() -> u64 {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "takes minutes: make soak"]
 async fn a_million_keys_reach_a_member_over_a_link_that_keeps_breaking_while_writes_go_on() {
-    let keys = std::env::var("HOLDFAST_SOAK_KEYS").map_or(1_000_000, |keys| keys.parse().unwrap());
-    let cut_after = keys as u64 * 48;
-    a_snapshot_arrives_over_a_link_that_keeps_breaking(keys, 10, cut_after).await;
+    let keys = soak("KEYS", 1_000_000);
+    a_snapshot_arrives_over_a_link_that_keeps_breaking(usize::try_from(keys).unwrap(), 10, keys * 48).await;
     println!("most memory of all three members together: {} MiB", peak_mib());
 }
 
@@ -690,7 +699,7 @@ async fn the_files_of_the_log_stay_bounded_under_minutes_of_writes() {
     hold(cluster.store(leader), drone_id, "k", 4_000, 10).await;
     let began = Instant::now();
     let (mut written, mut entries, mut most) = (0_u64, 0_u64, 0);
-    while began.elapsed() < Duration::from_secs(150) {
+    while began.elapsed() < Duration::from_secs(soak("SECONDS", 150)) {
         // 1,000 renewals an entry: about 16 KiB.
         let renew = |n: u64| {
             let keys = (0..1_000).map(|k| (n * 1_000 + k) % 4_000);
