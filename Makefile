@@ -2,7 +2,7 @@
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test build lint figures bench bench-million soak-elections clean
+.PHONY: help demo test build lint figures bench bench-million soak soak-elections clean
 .PHONY: prerequisites prerequisites-test prerequisites-bench
 
 help: ## this list
@@ -25,6 +25,9 @@ build: prerequisites ## the three binaries, in target/release
 lint: prerequisites ## rustfmt and clippy, no warnings allowed
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
+
+soak: build ## the long tests: a million keys, minutes of writes
+	$(CARGO) nextest run --release --workspace --profile soak --run-ignored only --no-capture
 
 figures: build ## connects per second and failover time of three controllers, measured here
 	target/release/figures

@@ -278,7 +278,7 @@ fn check_url(flag: &'static str, url: &str) -> Result<String, ConfigError> {
     }
 }
 
-fn parse_members(text: &str) -> Result<BTreeMap<u64, String>, ConfigError> {
+pub(crate) fn parse_members(text: &str) -> Result<BTreeMap<u64, String>, ConfigError> {
     const FLAG: &str = "initial-cluster";
     let mut members = BTreeMap::new();
     for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {

@@ -2,9 +2,10 @@
 
 use clap::Parser;
 use holdfast_controller::config::{Flags, Settings};
+use holdfast_controller::restore::RestoreFlags;
 use holdfast_controller::serve::{ServeError, serve};
 use raft_store::OpenError;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
@@ -33,6 +34,27 @@ fn log_filter(settings: &Settings) -> Result<EnvFilter, String> {
     }
 }
 
+fn restore(flags: RestoreFlags) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            complain(&format_args!("can't start: {error}"));
+            return ExitCode::from(FAILED);
+        }
+    };
+    match runtime.block_on(flags.run()) {
+        Ok(done) => {
+            // Where stdout is closed there is nobody to tell.
+            let _ = writeln!(std::io::stdout(), "{done}");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            complain(&error);
+            ExitCode::from(if error.is_wrong_use() { WRONG_USE } else { FAILED })
+        }
+    }
+}
+
 /// Resolves when the process is asked to stop.
 async fn asked_to_stop() -> std::io::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
@@ -45,6 +67,10 @@ async fn asked_to_stop() -> std::io::Result<()> {
 }
 
 fn main() -> ExitCode {
+    // The one subcommand: everything else about this program is flags.
+    if std::env::args_os().nth(1).is_some_and(|first| first == "restore") {
+        return restore(RestoreFlags::parse_from(std::env::args_os().skip(1)));
+    }
     let settings = match Flags::parse().with_file().and_then(Flags::settle) {
         Ok(settings) => settings,
         Err(error) => {

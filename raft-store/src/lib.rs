@@ -34,14 +34,19 @@
 //! 8. *Unknown is said*: [`ProposeError`] tells "certainly not done" from "done or not done".
 
 pub mod api;
+pub mod backup;
 mod boot_clock;
+#[cfg(test)]
+mod checkpoint_test;
 mod codec;
 mod files;
+mod incoming;
 mod keeper;
 mod log_store;
 mod overlay;
 mod raft_thread;
 mod rejoin;
+pub mod restore;
 mod row_cache;
 mod snapshots;
 pub mod state_db;
@@ -53,5 +58,6 @@ mod transport;
 mod types;
 
 pub use api::*;
+pub use holdfast_backup as backup_file;
 pub use holdfast_core as core;
 pub use store::{PROPOSAL_BYTES_MAX, Store};

@@ -2,18 +2,26 @@
 //!
 //! ```text
 //! snapshots/making-3/           being built here
-//! snapshots/incoming-4/         arriving from the leader
-//! snapshots/adopted-5/          being copied from a directory elsewhere
+//! snapshots/incoming-4/         arriving from member 4 (see `incoming`; kept over a restart)
+//! snapshots/arrived-5/          complete, about to be installed
+//! snapshots/adopted-6/          being copied from a directory elsewhere
 //! snapshots/snap-0000000000000042/   complete; the number is the last log index it holds
 //! ```
+//!
+//! While a snapshot is being sent to a follower no newer one is made, within bounds ([`Snapshots::is_held`]): a newer one
+//! would replace what a broken transfer is to go on with, and let the log be purged beyond what the follower needs next, so
+//! that under many writes a large snapshot would never be followed by anything but the next snapshot.
 
 use crate::files::{copy_or_link_dir, remove_dir_if_there, sync_dir};
+use crate::incoming::is_incoming;
 use crate::state_db::read_meta;
 use crate::types::SnapshotMeta;
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// A complete snapshot. Its directory lives as long as somebody holds it and it has not been replaced.
 pub struct SnapshotDir {
@@ -50,6 +58,36 @@ pub struct Snapshots {
     root: PathBuf,
     next: AtomicU64,
     current: Mutex<Option<(SnapshotMeta, Arc<SnapshotDir>)>>,
+    /// What is being sent: member → how it goes.
+    transfers: Mutex<BTreeMap<u64, Transfer>>,
+}
+
+/// Longest time for which one transfer puts off newer snapshots, and with them the purging of the log.
+const HELD_MAX: Duration = Duration::from_secs(600);
+/// A transfer without progress for this long puts off nothing any more; until then its receiver may come back.
+const HELD_IDLE: Duration = Duration::from_secs(60);
+/// For this long after its end too: until entries flow to the follower, which then keep those that it needs.
+const HELD_AFTER: Duration = Duration::from_secs(5);
+
+/// A snapshot on its way to a follower.
+#[derive(Debug, Clone, Copy)]
+struct Transfer {
+    /// The snapshot, by its last log index.
+    index: u64,
+    began: Instant,
+    last: Instant,
+    done: bool,
+}
+
+impl Transfer {
+    fn new(index: u64, now: Instant) -> Self {
+        Self { index, began: now, last: now, done: false }
+    }
+
+    fn holds(&self, now: Instant) -> bool {
+        let idle = if self.done { HELD_AFTER } else { HELD_IDLE };
+        now.duration_since(self.last) < idle && now.duration_since(self.began) < HELD_MAX
+    }
 }
 
 impl Snapshots {
@@ -59,9 +97,10 @@ impl Snapshots {
         let mut complete = Vec::new();
         for entry in std::fs::read_dir(root)? {
             let entry = entry?;
-            if entry.file_name().to_string_lossy().starts_with("snap-") {
+            let name = entry.file_name();
+            if name.to_string_lossy().starts_with("snap-") {
                 complete.push(entry.path());
-            } else {
+            } else if !is_incoming(&name.to_string_lossy()) {
                 remove_dir_if_there(&entry.path())?;
             }
         }
@@ -77,7 +116,48 @@ impl Snapshots {
             }
             None => None,
         };
-        Ok(Self { root: root.to_owned(), next: AtomicU64::new(1), current: Mutex::new(current) })
+        Ok(Self {
+            root: root.to_owned(),
+            next: AtomicU64::new(1),
+            current: Mutex::new(current),
+            transfers: Mutex::default(),
+        })
+    }
+
+    /// The directory of all of them.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    fn transfers(&self) -> MutexGuard<'_, BTreeMap<u64, Transfer>> {
+        self.transfers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A snapshot that ends at `index` has come on its way to `target`.
+    pub fn progressed(&self, target: u64, index: u64) {
+        let now = Instant::now();
+        let mut transfers = self.transfers();
+        let transfer = transfers.entry(target).or_insert(Transfer::new(index, now));
+        if transfer.index != index || transfer.done {
+            *transfer = Transfer::new(index, now);
+        }
+        transfer.last = now;
+    }
+
+    /// It has arrived at `target`.
+    pub fn arrived(&self, target: u64) {
+        if let Some(transfer) = self.transfers().get_mut(&target) {
+            (transfer.done, transfer.last) = (true, Instant::now());
+        }
+    }
+
+    /// Whether a newer snapshot has to wait for one that is being sent, or was just now.
+    pub fn is_held(&self) -> bool {
+        let now = Instant::now();
+        let mut transfers = self.transfers();
+        // One that was held for as long as is allowed is kept, so that it does not count as a new one.
+        transfers.retain(|_, transfer| now.duration_since(transfer.last) < HELD_IDLE);
+        transfers.values().any(|transfer| transfer.holds(now))
     }
 
     /// A directory name to build under, not existing yet.
@@ -132,5 +212,39 @@ impl Snapshots {
     /// The newest complete snapshot.
     pub fn current(&self) -> Option<(SnapshotMeta, Arc<SnapshotDir>)> {
         self.current.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_transfer_puts_off_newer_snapshots_while_it_goes_on_and_a_little_longer_and_never_for_ever() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut transfer = Transfer::new(7, start);
+        assert!(transfer.holds(at(59)) && !transfer.holds(at(60)));
+        transfer.last = at(590);
+        assert!(transfer.holds(at(599)) && !transfer.holds(at(600)));
+        let done = Transfer { done: true, ..Transfer::new(7, start) };
+        assert!(done.holds(at(4)) && !done.holds(at(5)));
+    }
+
+    #[test]
+    fn only_a_snapshot_on_its_way_is_held() {
+        let dir = tempfile::tempdir().unwrap();
+        let snapshots = Snapshots::open(dir.path()).unwrap();
+        assert!(!snapshots.is_held());
+        snapshots.arrived(2);
+        assert!(!snapshots.is_held());
+        snapshots.progressed(2, 7);
+        assert!(snapshots.is_held());
+        snapshots.arrived(2);
+        assert!(snapshots.is_held(), "for a moment");
+        if let Some(transfer) = snapshots.transfers().get_mut(&2) {
+            transfer.last -= HELD_AFTER;
+        }
+        assert!(!snapshots.is_held());
     }
 }

@@ -18,8 +18,8 @@ use holdfast_core::codec::{decode, encode};
 use holdfast_core::kv::{ReadState, Row, StateError, Table, Writes};
 use rocksdb::checkpoint::Checkpoint;
 use rocksdb::{
-    BlockBasedOptions, Cache, ColumnFamilyDescriptor, DB, DataBlockIndexType, Direction, IteratorMode,
-    Options, ReadOptions, WriteBatch,
+    BlockBasedOptions, Cache, ColumnFamilyDescriptor, DB, DataBlockIndexType, Direction, FlushOptions,
+    IteratorMode, Options, ReadOptions, Snapshot, WriteBatch, WriteOptions,
 };
 use std::io;
 use std::path::{Path, PathBuf};
@@ -331,6 +331,100 @@ impl StateHandle {
         }
         Ok(())
     }
+}
+
+/// A row with its table.
+pub(crate) type TableRow = (Table, Vec<u8>, Vec<u8>);
+/// A row as RocksDB gives it.
+type RawRow = (Box<[u8]>, Box<[u8]>);
+
+/// The state as of one instant, in the database that is live now.
+pub(crate) struct Frozen<'a> {
+    db: &'a DB,
+    snapshot: Snapshot<'a>,
+}
+
+impl StateHandle {
+    /// Runs `work` on the state as of now, however long it takes and whatever is applied meanwhile. Nothing is copied for
+    /// it; what is overwritten stays on disk until `work` returns.
+    pub(crate) fn frozen<T>(&self, work: impl FnOnce(&Frozen<'_>) -> T) -> io::Result<T> {
+        let current = self.current();
+        current.flush()?;
+        Ok(work(&Frozen { db: &current.db, snapshot: current.db.snapshot() }))
+    }
+
+    /// Writes rows of a state that is being built, without a log: durable after [`Self::finish_load`] alone.
+    pub(crate) fn load(&self, rows: impl IntoIterator<Item = TableRow>) -> io::Result<()> {
+        let current = self.current();
+        let mut batch = WriteBatch::default();
+        for (table, key, value) in rows {
+            batch.put_cf(cf(&current.db, table).map_err(io_error)?, key, value);
+        }
+        let mut options = WriteOptions::default();
+        options.disable_wal(true);
+        current.db.write_opt(batch, &options).map_err(io_error)
+    }
+
+    /// Ends [`Self::load`]: where the state stands, and everything on disk.
+    pub(crate) fn finish_load(&self, applied: LogId, membership: &StoredMembership) -> io::Result<()> {
+        let applied = (Table::Meta, KEY_APPLIED.to_vec(), encode(&WireLogId::from(applied)));
+        let membership = encode(&WireStoredMembership::from(membership));
+        self.load([applied, (Table::Meta, KEY_MEMBERSHIP.to_vec(), membership)])?;
+        let current = self.current();
+        let tables = Table::ALL.map(|table| cf(&current.db, table));
+        let tables = tables.into_iter().collect::<Result<Vec<_>, _>>().map_err(io_error)?;
+        let mut options = FlushOptions::default();
+        options.set_wait(true);
+        current.db.flush_cfs_opt(&tables, &options).map_err(io_error)
+    }
+}
+
+impl Frozen<'_> {
+    /// Every row of a table, in the order of its keys.
+    pub(crate) fn rows(&self, table: Table) -> Result<impl Iterator<Item = io::Result<RawRow>>, StateError> {
+        let cf = cf(self.db, table)?;
+        let mut options = ReadOptions::default();
+        // What is read once must not drive out what is read again and again.
+        options.fill_cache(false);
+        let rows = self.snapshot.iterator_cf_opt(cf, options, IteratorMode::Start);
+        Ok(rows.map(|row| row.map_err(io_error)))
+    }
+
+    /// Log id of the last applied entry and the membership as of it.
+    pub(crate) fn applied(&self) -> Result<(Option<LogId>, StoredMembership), StateError> {
+        let applied = self.get(Table::Meta, KEY_APPLIED)?.map(|b| decode::<WireLogId>(&b)).transpose()?;
+        let membership = match self.get(Table::Meta, KEY_MEMBERSHIP)? {
+            Some(bytes) => decode::<WireStoredMembership>(&bytes)?.try_into()?,
+            None => StoredMembership::default(),
+        };
+        Ok((applied.map(Into::into), membership))
+    }
+}
+
+impl ReadState for Frozen<'_> {
+    fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, StateError> {
+        self.snapshot.get_cf(cf(self.db, table)?, key).map_err(read_error)
+    }
+
+    fn scan(
+        &self,
+        table: Table,
+        start: &[u8],
+        end: Option<&[u8]>,
+        limit: usize,
+    ) -> Result<Vec<Row>, StateError> {
+        let from = IteratorMode::From(start, Direction::Forward);
+        let rows = self.snapshot.iterator_cf(cf(self.db, table)?, from);
+        rows.take_while(|row| !row.as_ref().is_ok_and(|(key, _)| end.is_some_and(|end| **key >= *end)))
+            .take(limit)
+            .map(|row| row.map(|(key, value)| (key.into_vec(), value.into_vec())).map_err(read_error))
+            .collect()
+    }
+}
+
+/// Rows of the meta table that belong to this replica's log, and not to the state that is backed up.
+pub(crate) fn is_position(table: Table, key: &[u8]) -> bool {
+    table == Table::Meta && (key == KEY_APPLIED || key == KEY_MEMBERSHIP)
 }
 
 /// What the database in `dir` holds.

@@ -198,6 +198,13 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         SnapshotBuilder { state: self.applier.state.clone(), snapshots: self.applier.snapshots.clone() }
     }
 
+    async fn try_create_snapshot_builder(&mut self, force: bool) -> Option<SnapshotBuilder> {
+        if !force && self.snapshots.is_held() {
+            return None;
+        }
+        Some(self.get_snapshot_builder().await)
+    }
+
     async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: SnapshotData) -> io::Result<()> {
         let (applier, meta) = (self.applier.clone(), meta.clone());
         let install = move || {

@@ -69,6 +69,7 @@ pub(crate) struct Inner {
     failed: watch::Sender<Option<String>>,
     forward_clients: Mutex<HashMap<u64, (String, Arc<RpcClient>)>>,
     in_flight: Semaphore,
+    pub(crate) backups: Arc<Semaphore>,
     snapshots: Arc<Snapshots>,
     pub(crate) log: LogStore,
     tasks: TaskTracker,
@@ -89,7 +90,7 @@ fn storage(what: &str, path: &Path) -> impl FnOnce(String) -> OpenError {
     move |error| OpenError::Storage { what, error }
 }
 
-fn lock_dir(dir: &Path) -> Result<File, OpenError> {
+pub(crate) fn lock_dir(dir: &Path) -> Result<File, OpenError> {
     std::fs::create_dir_all(dir).map_err(|e| storage("making the data directory", dir)(e.to_string()))?;
     let path = dir.join("LOCK");
     let file = File::create(&path).map_err(|e| storage("making the lock file", &path)(e.to_string()))?;
@@ -148,6 +149,10 @@ impl Store {
         }
         let dir = config.data_dir.clone();
         let lock = lock_dir(&dir)?;
+        if dir.join(crate::restore::MARK).exists() {
+            let unfinished = "a restore into it was not finished; run it again".to_owned();
+            return Err(storage("opening the data directory", &dir)(unfinished));
+        }
         let stamper = Arc::new(Stamper::default());
         let state_dir = dir.join("state");
         let state = StateHandle::open(&state_dir)
@@ -200,9 +205,14 @@ impl Store {
         let directory = Arc::new(Directory::new(config.id, config.advertise_url.clone(), rejoin));
         if let Some(cluster) = &cluster {
             directory.set_cluster_id(cluster.cluster_id.clone());
+        } else if let Some(restored) =
+            View(&state).restored().map_err(|e| storage("reading the state", &state_dir)(e.to_string()))?
+        {
+            directory.set_cluster_id(restored.id_prefix);
         }
         let network = PeerFactory {
             directory: directory.clone(),
+            snapshots: snapshots.clone(),
             append_timeout: Duration::from_millis((config.election_timeout_ms * 4).max(1000)),
         };
         let raft = Raft::new(config.id, raft_config, network, log.clone(), machine)
@@ -222,6 +232,7 @@ impl Store {
             failed: watch::Sender::new(None),
             forward_clients: Mutex::default(),
             in_flight: Semaphore::new(PROPOSALS_IN_FLIGHT_MAX),
+            backups: crate::backup::places(),
             snapshots: snapshots.clone(),
             log,
             tasks: TaskTracker::new(),
@@ -233,6 +244,7 @@ impl Store {
             raft: raft.clone(),
             forwarded: inner.clone(),
             snapshots,
+            incoming: Default::default(),
             stamper,
         });
         let cancel = inner.cancel.clone();
@@ -409,6 +421,13 @@ impl Store {
                 .map_or(0, |at| at.index),
             members,
         }
+    }
+
+    /// First log index that is still in this replica's log; what comes before is in its snapshot.
+    pub fn log_begins_at(&self) -> u64 {
+        let metrics = self.inner.raft.metrics();
+        let purged = metrics.borrow_watched().purged;
+        purged.map_or(0, |at| at.index + 1)
     }
 
     /// Resolves with the reason when the replica fails for good (disk, damage, other lease durations): the process

@@ -81,6 +81,9 @@ pub(crate) enum Command {
     /// The controllers
     #[command(subcommand)]
     Cluster(ClusterCommand),
+    /// Backups
+    #[command(subcommand)]
+    Snapshot(SnapshotCommand),
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -252,6 +255,45 @@ pub(crate) enum DronesCommand {
 pub(crate) enum ClusterCommand {
     /// Show who leads, and how far each controller is
     Status,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum SnapshotCommand {
+    /// Save a backup of the running cluster: the state of one instant
+    Save {
+        /// Where; an older file of that name is replaced once the new one is whole and checked
+        file: PathBuf,
+    },
+    /// Check a backup from end to end, and show what it holds
+    Inspect {
+        /// The backup
+        file: PathBuf,
+    },
+    /// Make the data directory of one member of a new cluster from a backup: once for each member, on its machine, with
+    /// the same backup and --initial-cluster
+    Restore(RestoreArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RestoreArgs {
+    /// The backup
+    pub(crate) file: PathBuf,
+    /// Data directory to make: missing or empty
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data_dir: PathBuf,
+    /// Member id of this replica in the new cluster
+    #[arg(long, value_name = "ID")]
+    pub(crate) id: u64,
+    /// All members of the new cluster and their peer addresses
+    #[arg(long, value_name = "ID=HOST:PORT,...")]
+    pub(crate) initial_cluster: String,
+    /// New tokens are to be larger than this one too: for a backup that was restored before
+    #[arg(long, value_name = "TOKEN")]
+    pub(crate) above_token: Option<u64>,
+    /// For how long no key is acquired, if longer than the backup's expiry: for lease durations that were raised after
+    /// the backup was made
+    #[arg(long, value_name = "DURATION")]
+    pub(crate) quarantine: Option<String>,
 }
 
 /// Reads the command line, the environment and the settings file.

@@ -29,6 +29,7 @@ mod listing;
 mod logs;
 mod output;
 mod settings;
+mod snapshot;
 
 use args::{Cli, Command};
 use clap::CommandFactory;
@@ -82,6 +83,7 @@ async fn run(cli: Cli) -> Result<(), CliError> {
         Command::Backends(command) => backends::run(&client()?, command, &out).await,
         Command::Drones(command) => drones::run(&client()?, command, &out).await,
         Command::Cluster(command) => cluster::run(&client()?, &cli.controller, command, &out).await,
+        Command::Snapshot(command) => snapshot::run(client, command, &out).await,
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "holdfast", &mut script);

@@ -5,7 +5,7 @@ use crate::listing::{BackendFilter, DroneFilter, KeyFilter, query, rows};
 use crate::policy::RequestOptions;
 use crate::stream::follow;
 use crate::targets::normal_url;
-use crate::transport::{Call, Reply, Transport, random_idempotency_key};
+use crate::transport::{Body, Call, Reply, Transport, random_idempotency_key, with_causes};
 use bytes::Bytes;
 use futures::Stream;
 use holdfast_wire::http::{
@@ -19,10 +19,14 @@ use reqwest::Method;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Added to what a `connect` asks the service to wait, for the time-out of one attempt, in milliseconds: the service
 /// allows itself 5 s for a read and again for an entry in the log.
 const CONNECT_EXTRA_MS: u64 = 12_000;
+
+/// A backup of which nothing comes for this long has ended.
+pub const SNAPSHOT_SILENCE: Duration = Duration::from_secs(30);
 
 /// A client of a Holdfast cluster. Cheap to clone; clones share connections and what is known of the leader.
 #[derive(Debug, Clone)]
@@ -226,6 +230,20 @@ impl Client {
         self.transport.once(&call, &normal_url(url)?).await?.json()
     }
 
+    /// A backup of the state of one instant, everything acknowledged before included. A stream that ends early lacks its
+    /// last part, which whoever reads a backup refuses: it is not resumed here, begin again.
+    pub async fn snapshot(&self) -> Result<SnapshotStream, ClientError> {
+        let mut call = self.get(["ctrl", "snapshot"]);
+        call.stream = true;
+        let reply = self.run(&call).await?;
+        match reply.body {
+            Body::Stream(response) => Ok(SnapshotStream { url: reply.url, response }),
+            Body::Whole(_) => {
+                Err(ClientError::BadResponse { url: reply.url, detail: "is no stream".to_owned() })
+            }
+        }
+    }
+
     /// Plane's view of a cluster's drones.
     pub async fn cluster_state(&self, cluster: &str) -> Result<ClusterState, ClientError> {
         self.run(&self.get(["ctrl", "c", cluster, "state"])).await?.json()
@@ -307,4 +325,28 @@ impl Client {
 
 fn key_query(name: &str, namespace: &str) -> Vec<(&'static str, String)> {
     vec![("name", name.to_owned()), ("namespace", namespace.to_owned())]
+}
+
+/// A backup that is on its way: see [`Client::snapshot`].
+#[derive(Debug)]
+pub struct SnapshotStream {
+    url: String,
+    response: reqwest::Response,
+}
+
+impl SnapshotStream {
+    /// The controller that makes the backup.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// The next bytes; `None` at the end. Nothing for [`SNAPSHOT_SILENCE`] is an error.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, ClientError> {
+        let broken = |detail| ClientError::BadResponse { url: self.url.clone(), detail };
+        match tokio::time::timeout(SNAPSHOT_SILENCE, self.response.chunk()).await {
+            Ok(Ok(chunk)) => Ok(chunk),
+            Ok(Err(error)) => Err(broken(format!("the backup broke off: {}", with_causes(&error)))),
+            Err(_) => Err(broken(format!("nothing of the backup came for {} s", SNAPSHOT_SILENCE.as_secs()))),
+        }
+    }
 }

@@ -32,7 +32,7 @@ mod stream;
 mod targets;
 mod transport;
 
-pub use client::Client;
+pub use client::{Client, SNAPSHOT_SILENCE, SnapshotStream};
 pub use error::ClientError;
 pub use listing::{BackendFilter, DroneFilter, KeyFilter};
 pub use policy::{

@@ -22,12 +22,14 @@ pub struct Failure {
     pub status: Option<StatusCode>,
     /// For people.
     pub message: String,
+    /// When to try again, in seconds, where it is known better than usual.
+    pub retry_after_s: Option<u64>,
 }
 
 impl Failure {
     /// A failure with the usual status of its kind.
     pub fn new(kind: ApiErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, status: None, message: message.into() }
+        Self { kind, status: None, message: message.into(), retry_after_s: None }
     }
 
     /// A field that breaks a rule.
@@ -46,6 +48,7 @@ impl Failure {
             kind: ApiErrorKind::InvalidRequest,
             status: Some(StatusCode::PAYLOAD_TOO_LARGE),
             message: message.into(),
+            retry_after_s: None,
         }
     }
 
@@ -118,6 +121,11 @@ impl From<Refusal> for Failure {
             Refusal::Full(_) => ApiErrorKind::Overloaded,
             Refusal::Lease(_) => ApiErrorKind::InvalidRequest,
             Refusal::NameTaken => ApiErrorKind::Other,
+            // Certainly not done, and nothing that another request would change: as long as without a leader.
+            Refusal::Restored { wait_ms } => {
+                let retry_after_s = Some(wait_ms.div_ceil(1000));
+                return Self { retry_after_s, ..Self::new(ApiErrorKind::NoLeader, refusal.to_string()) };
+            }
         };
         Self::new(kind, refusal.to_string())
     }
@@ -134,7 +142,8 @@ impl IntoResponse for Failure {
         }
         let mut response = (status, Json(body)).into_response();
         if matches!(self.kind, ApiErrorKind::NoLeader | ApiErrorKind::Overloaded) {
-            response.headers_mut().insert(header::RETRY_AFTER, RETRY_AFTER_S);
+            let after = self.retry_after_s.map_or(RETRY_AFTER_S, HeaderValue::from);
+            response.headers_mut().insert(header::RETRY_AFTER, after);
         }
         response
     }
@@ -169,5 +178,16 @@ mod tests {
         assert_eq!(Failure::from(ProposeError::TooLarge(2, 1)).status().as_u16(), 413);
         let response = Failure::from(ProposeError::NoLeader).into_response();
         assert_eq!(response.headers()[header::RETRY_AFTER], "1");
+    }
+
+    #[test]
+    fn a_restored_cluster_says_when_keys_can_be_acquired() {
+        let failure = Failure::from(Refusal::Restored { wait_ms: 41_001 });
+        assert!(failure.message.contains("restored from a backup") && failure.message.contains("42 s"));
+        let response = failure.into_response();
+        assert_eq!(
+            (response.status().as_u16(), &response.headers()[header::RETRY_AFTER]),
+            (503, &HeaderValue::from(42))
+        );
     }
 }

@@ -10,6 +10,7 @@ mod connect;
 mod drones;
 pub mod error;
 mod keys;
+mod snapshot;
 mod sse;
 
 use crate::app::App;
@@ -34,6 +35,7 @@ pub fn router(app: App) -> Router {
         .route("/ctrl/ready", get(cluster::ready))
         .route("/ctrl/cluster", get(cluster::cluster))
         .route("/ctrl/cluster/transfer-leader", post(cluster::transfer_leader))
+        .route("/ctrl/snapshot", get(snapshot::snapshot))
         .route("/ctrl/connect", post(connect::connect))
         .route("/ctrl/backends", get(backends::list))
         .route("/ctrl/b/{backend}/soft-terminate", post(backends::soft_terminate))
@@ -68,6 +70,7 @@ async fn wrong_method(request: Request) -> Failure {
             args::shortened(request.method().as_str()),
             args::shortened(request.uri().path())
         ),
+        retry_after_s: None,
     }
 }
 

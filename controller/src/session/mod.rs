@@ -97,6 +97,7 @@ pub async fn open(
         kind: ApiErrorKind::InvalidRequest,
         status: Some(StatusCode::UPGRADE_REQUIRED).filter(|_| rejection.status().is_client_error()),
         message: format!("this path is a WebSocket: {}", rejection.body_text()),
+        retry_after_s: None,
     })?;
     if app.stopping.is_cancelled() {
         return Err(Failure::stopping());

@@ -105,6 +105,15 @@ pub enum Refusal {
     /// Lease durations can't be changed while keys are held, or break the rule of the timeline.
     #[error("{0}")]
     Lease(String),
+    /// The cluster was restored from a backup, and backends that its old cluster started may still be running.
+    #[error(
+        "this cluster was restored from a backup; keys can be acquired in {} s, when every backend of the old cluster \
+         has ended", .wait_ms.div_ceil(1000)
+    )]
+    Restored {
+        /// How long until keys can be acquired, in milliseconds.
+        wait_ms: u64,
+    },
 }
 
 /// What became of one renewal.

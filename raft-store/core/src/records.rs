@@ -204,3 +204,26 @@ pub struct IdempotencyRecord {
     /// The answer.
     pub outcome: crate::outcome::Outcome,
 }
+
+/// `meta/restored`: written by a restore from a backup, before the first entry of the new cluster. While there is no
+/// `meta/cluster` beside it, the cluster is not formed and nothing but `FormCluster` is done, which takes the lease
+/// durations from here.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct RestoredRecord {
+    /// Id of the cluster that the backup is of.
+    pub from_cluster_id: String,
+    /// Log index of the backup.
+    pub from_index: u64,
+    /// What the new cluster's id begins with: the same on all members that were restored from one backup with the same
+    /// arguments, and on no others.
+    pub id_prefix: String,
+    /// Lease durations of the backup.
+    pub lease: LeaseConfig,
+    /// How long terminated backends are kept, in milliseconds of cluster time.
+    pub terminated_keep_ms: u64,
+    /// For how long after the forming no key is acquired, in milliseconds of cluster time: at least one full expiry,
+    /// in which every backend that the old cluster started has ended.
+    pub quarantine_ms: u64,
+    /// From when on keys are acquired, cluster time in milliseconds; set when the cluster is formed.
+    pub acquisitions_from_ms: Option<u64>,
+}

@@ -5,7 +5,7 @@ use crate::kv::{ReadState, StateError, Table, keys};
 use crate::outcome::Holder;
 use crate::records::{
     ActionRecord, BackendHead, BackendRecord, ClusterRecord, DroneRecord, HeartbeatRecord, IdempotencyRecord,
-    KeyRecord, ProgressRecord,
+    KeyRecord, ProgressRecord, RestoredRecord,
 };
 use bincode::Decode;
 use holdfast_wire::KeyConfig;
@@ -52,6 +52,17 @@ impl<R: ReadState> View<R> {
     /// Cluster time, counters and checksums as of the last applied entry.
     pub fn progress(&self) -> Result<ProgressRecord, StateError> {
         Ok(read(&self.0, Table::Meta, keys::PROGRESS)?.unwrap_or_default())
+    }
+
+    /// What a restore from a backup left for this cluster, if it came from one.
+    pub fn restored(&self) -> Result<Option<RestoredRecord>, StateError> {
+        read(&self.0, Table::Meta, keys::RESTORED)
+    }
+
+    /// How long a cluster that was restored from a backup still acquires no key, in milliseconds; `None` once it does.
+    pub fn quarantine_left_ms(&self, now_ms: u64) -> Result<Option<u64>, StateError> {
+        let from_ms = self.restored()?.and_then(|restored| restored.acquisitions_from_ms).unwrap_or(0);
+        Ok(from_ms.checked_sub(now_ms).filter(|left_ms| *left_ms > 0))
     }
 
     /// A held key. It may have expired: compare `expires_at_ms` with the cluster time.

@@ -14,7 +14,7 @@ use holdfast_core::command::{Command, Proposal, Renew, RenewKey, Stamp, Sweep, S
 use holdfast_core::outcome::{Holder, Outcome, Refusal, RenewOutcome, ReportOutcome};
 use holdfast_core::records::{
     ActionRecord, BackendRecord, ClusterRecord, DroneRecord, HeartbeatRecord, IdempotencyRecord, KeyRecord,
-    PendingAction, ProgressRecord,
+    PendingAction, ProgressRecord, RestoredRecord,
 };
 use holdfast_wire::{BackendState, BackendStatus, KeyConfig, TerminationKind, TerminationReason};
 use proptest::prelude::*;
@@ -120,6 +120,7 @@ fn outcomes() -> Vec<(&'static str, Outcome)> {
         ("idempotency_mismatch", refused(Refusal::IdempotencyMismatch)),
         ("full", refused(Refusal::Full(text("x")))),
         ("lease", refused(Refusal::Lease(text("x")))),
+        ("restored", refused(Refusal::Restored { wait_ms: 60_000 })),
         (
             "renewed",
             Outcome::Renewed(vec![
@@ -277,6 +278,16 @@ fn the_bytes_are_those_of_the_fixture_and_nothing_else_decodes() {
         outcome: Outcome::Acquired(holder()),
     };
     line(&mut out, "record", "idempotency", &idempotency);
+    let restored = RestoredRecord {
+        from_cluster_id: "cluster-1".to_owned(),
+        from_index: 77,
+        id_prefix: "restored-0123456789abcdef-".to_owned(),
+        lease: LEASE,
+        terminated_keep_ms: 3_600_000,
+        quarantine_ms: 60_000,
+        acquisitions_from_ms: Some(1_700_000_060_000),
+    };
+    line(&mut out, "record", "restored", &restored);
 
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/bytes-v1.txt");
     if std::env::var_os("UPDATE_GOLDENFILES").is_some() {

@@ -15,6 +15,7 @@ pub mod wire;
 
 use crate::boot_clock::boot_ms;
 use crate::rejoin::Rejoin;
+use crate::restore::is_prefix;
 use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -100,10 +101,14 @@ impl Directory {
     /// A peer said which cluster it belongs to. An error refuses the peer.
     pub fn compare_cluster(&self, theirs: Option<&str>) -> Result<(), String> {
         match (self.cluster_id(), theirs) {
-            (Some(ours), Some(theirs)) if ours != theirs => {
+            // Restored from one backup, and one of the two has not heard of the forming of the cluster yet.
+            (Some(ours), Some(theirs)) if is_prefix(theirs) && ours.starts_with(theirs) => Ok(()),
+            (Some(ours), Some(theirs))
+                if ours != theirs && !(is_prefix(&ours) && theirs.starts_with(&ours)) =>
+            {
                 Err(format!("this member belongs to cluster {ours}, not {theirs}"))
             }
-            (None, Some(_)) => {
+            (ours, Some(theirs)) if ours.as_deref() != Some(theirs) => {
                 self.rejoin.met_formed_peer().map_err(|e| format!("marking a rejoin failed: {e}"))
             }
             _ => Ok(()),
@@ -144,4 +149,41 @@ impl Directory {
 /// Milliseconds since `then`, a [`boot_ms`].
 pub fn since_ms(then: u64) -> u64 {
     boot_ms().saturating_sub(then)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn members_restored_from_one_backup_know_each_other_before_and_after_the_forming_and_no_others() {
+        const BACKUP: &str = "restored-0123456789abcdef-";
+        let formed = format!("{BACKUP}00ff");
+        let other = "restored-ffffffffffffffff-";
+        let directory = |id: Option<&str>, dir: &std::path::Path| {
+            let rejoin = Arc::new(Rejoin::open(dir).unwrap());
+            let directory = Directory::new(1, "http://a".into(), rejoin);
+            *directory.cluster_id.lock().unwrap() = id.map(str::to_owned);
+            directory
+        };
+        for (ours, theirs, known, waits) in [
+            (Some(BACKUP), Some(BACKUP), true, false),
+            // It may have forgotten what it had acknowledged.
+            (Some(BACKUP), Some(formed.as_str()), true, true),
+            (Some(&formed), Some(BACKUP), true, false),
+            (Some(&formed), Some(&formed), true, false),
+            (Some(&formed), None, true, false),
+            (None, Some(BACKUP), true, true),
+            (Some(BACKUP), Some(other), false, false),
+            (Some(other), Some(&formed), false, false),
+            (Some(&formed), Some(&format!("{BACKUP}ee")), false, false),
+            (Some(BACKUP), Some("0123"), false, false),
+            (Some("0123"), Some(BACKUP), false, false),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let directory = directory(ours, dir.path());
+            assert_eq!(directory.compare_cluster(theirs).is_ok(), known, "{ours:?} {theirs:?}");
+            assert_eq!(directory.rejoin.may_vote(9).unwrap(), !waits, "{ours:?} {theirs:?}");
+        }
+    }
 }

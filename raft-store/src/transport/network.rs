@@ -1,11 +1,15 @@
 //! openraft's view of the peers.
 
 use super::client::{RpcClient, RpcError, connect};
-use super::wire::{Append, Mode, Reply, Request, SnapshotHeader, SnapshotReply, StreamReply, VoteAsk};
+use super::wire::{
+    Append, Mode, Reply, Request, SnapshotBegin, SnapshotHeader, SnapshotReply, StreamReply, VoteAsk,
+};
 use super::{APPENDS_IN_FLIGHT_MAX, Directory, Frames, SNAPSHOT_CHUNK_BYTES, SNAPSHOT_STALL};
+use crate::incoming::checksum_before;
+use crate::snapshots::Snapshots;
 use crate::state_machine::SnapshotData;
 use crate::types::{Member, TypeConfig, Vote};
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use futures::{SinkExt, Stream, StreamExt};
 use holdfast_core::codec::{decode, encode};
 use openraft::OptionalSend;
@@ -19,9 +23,10 @@ use openraft::raft::{
 use openraft::type_config::alias::SnapshotOf;
 use std::future::Future;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -32,6 +37,8 @@ type StreamItem = Result<StreamAppendResult<C>, RPCError<C>>;
 pub struct PeerFactory {
     /// What we tell the peers.
     pub directory: Arc<Directory>,
+    /// Told of snapshots on their way to peers.
+    pub snapshots: Arc<Snapshots>,
     /// An append without an answer for this long means a broken connection.
     pub append_timeout: Duration,
 }
@@ -41,6 +48,7 @@ impl PeerFactory {
         PeerNetwork {
             rpc: RpcClient::new(self.directory.clone(), target, node.peer_addr.clone()),
             directory: self.directory.clone(),
+            snapshots: self.snapshots.clone(),
             target,
             addr: node.peer_addr.clone(),
             pipelined,
@@ -66,6 +74,7 @@ impl RaftNetworkFactory<C> for PeerFactory {
 pub struct PeerNetwork {
     rpc: RpcClient,
     directory: Arc<Directory>,
+    snapshots: Arc<Snapshots>,
     target: u64,
     addr: String,
     pipelined: bool,
@@ -216,7 +225,7 @@ impl RaftNetworkV2<C> for PeerNetwork {
             let frames = connect(&self.directory, self.target, &self.addr, Mode::Snapshot)
                 .await
                 .map_err(|e| StreamingError::Unreachable(Unreachable::from_string(e)))?;
-            send_snapshot(frames, vote, &snapshot)
+            self.send_snapshot(frames, vote, &snapshot)
                 .await
                 .map_err(|e| StreamingError::Network(NetworkError::from_string(e)))
         };
@@ -251,43 +260,97 @@ async fn stalls<T>(what: &str, work: impl Future<Output = io::Result<T>>) -> io:
     }
 }
 
-async fn send_snapshot(
-    mut frames: Frames,
-    vote: Vote,
-    snapshot: &SnapshotOf<C, SnapshotData>,
-) -> io::Result<SnapshotResponse<C>> {
-    let mut names = Vec::new();
-    let mut dir = tokio::fs::read_dir(&snapshot.snapshot.path).await?;
-    while let Some(entry) = dir.next_entry().await? {
-        let meta = entry.metadata().await?;
-        if meta.is_file() {
-            names.push((entry.file_name().to_string_lossy().into_owned(), meta.len()));
+/// The files of a snapshot, in the order in which they are sent.
+async fn files_of(dir: &Path) -> io::Result<Vec<(String, u64)>> {
+    let mut files = Vec::new();
+    let mut entries = tokio::fs::read_dir(dir).await?;
+    while let Some(entry) = entries.next_entry().await? {
+        let (meta, name) = (entry.metadata().await?, entry.file_name().to_string_lossy().into_owned());
+        // Not RocksDB's notes: they are no part of the state, and change whenever the directory is looked at.
+        if meta.is_file() && !name.starts_with("LOG") && name != "LOCK" {
+            files.push((name, meta.len()));
         }
     }
-    names.sort();
-    let header = SnapshotHeader { vote: vote.into(), meta: (&snapshot.meta).into(), files: names.clone() };
-    stalls("sending a snapshot", frames.send(Bytes::from(encode(&header)))).await?;
-    for (name, size) in names {
-        let mut file = tokio::fs::File::open(snapshot.snapshot.path.join(&name)).await?.take(size);
-        let mut left = size;
-        while left > 0 {
-            let want = usize::try_from(left).unwrap_or(usize::MAX).min(SNAPSHOT_CHUNK_BYTES);
-            let mut chunk = vec![0; want];
-            file.read_exact(&mut chunk).await?;
-            let mut frame = BytesMut::with_capacity(4 + chunk.len());
-            frame.put_u32_le(crc32fast::hash(&chunk));
-            frame.put_slice(&chunk);
-            stalls("sending a snapshot", frames.send(frame.freeze())).await?;
-            left -= want as u64;
-        }
-    }
-    // Installing takes as long as the disk needs.
-    let reply = tokio::time::timeout(SNAPSHOT_STALL * 6, frames.next())
+    files.sort();
+    Ok(files)
+}
+
+async fn next_reply(frames: &mut Frames, patience: Duration, what: &str) -> io::Result<SnapshotReply> {
+    let frame = tokio::time::timeout(patience, frames.next())
         .await
-        .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the snapshot was not answered"))?
-        .ok_or_else(|| io::Error::other("the connection was closed before the snapshot was installed"))??;
-    match decode::<SnapshotReply>(&reply).map_err(io::Error::other)? {
-        SnapshotReply::Installed(vote) => Ok(SnapshotResponse::new(vote.into())),
-        SnapshotReply::Failed(why) => Err(io::Error::other(why)),
+        .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, format!("{what} was not answered")))?
+        .ok_or_else(|| io::Error::other(format!("the connection was closed before {what} was answered")))??;
+    decode::<SnapshotReply>(&frame).map_err(io::Error::other)
+}
+
+impl PeerNetwork {
+    async fn send_snapshot(
+        &self,
+        mut frames: Frames,
+        vote: Vote,
+        snapshot: &SnapshotOf<C, SnapshotData>,
+    ) -> io::Result<SnapshotResponse<C>> {
+        let index = snapshot.meta.last_log_id.map_or(0, |id| id.index);
+        let dir = snapshot.snapshot.path.clone();
+        let files = files_of(&dir).await?;
+        let header =
+            SnapshotHeader { vote: vote.into(), meta: (&snapshot.meta).into(), files: files.clone() };
+        stalls("sending a snapshot", frames.send(Bytes::from(encode(&header)))).await?;
+        let begin = match next_reply(&mut frames, SNAPSHOT_STALL, "a snapshot's header").await? {
+            SnapshotReply::Go { file, offset, crc } => {
+                let (dir, files) = (dir.clone(), files.clone());
+                tokio::task::spawn_blocking(move || begin_at(&dir, &files, file, offset, crc))
+                    .await
+                    .map_err(io::Error::other)?
+            }
+            SnapshotReply::Installed(vote) => return Ok(SnapshotResponse::new(vote.into())),
+            SnapshotReply::Failed(why) => return Err(io::Error::other(why)),
+        };
+        self.snapshots.progressed(self.target, index);
+        stalls("sending a snapshot", frames.send(Bytes::from(encode(&begin)))).await?;
+        let mut offset = begin.offset;
+        for (name, size) in files.iter().skip(usize::try_from(begin.file).unwrap_or(usize::MAX)) {
+            let mut file = tokio::fs::File::open(dir.join(name)).await?;
+            if offset > 0 {
+                file.seek(io::SeekFrom::Start(offset)).await?;
+            }
+            let mut left = size.saturating_sub(std::mem::take(&mut offset));
+            while left > 0 {
+                let want = usize::try_from(left).unwrap_or(usize::MAX).min(SNAPSHOT_CHUNK_BYTES);
+                let mut frame = BytesMut::zeroed(4 + want);
+                file.read_exact(&mut frame[4..]).await?;
+                let crc = crc32fast::hash(&frame[4..]);
+                frame[..4].copy_from_slice(&crc.to_le_bytes());
+                stalls("sending a snapshot", frames.send(frame.freeze())).await?;
+                self.snapshots.progressed(self.target, index);
+                left -= want as u64;
+            }
+        }
+        // Installing takes as long as the disk needs.
+        match next_reply(&mut frames, SNAPSHOT_STALL * 6, "a snapshot").await? {
+            SnapshotReply::Installed(vote) => {
+                self.snapshots.arrived(self.target);
+                Ok(SnapshotResponse::new(vote.into()))
+            }
+            SnapshotReply::Failed(why) => Err(io::Error::other(why)),
+            SnapshotReply::Go { .. } => Err(io::Error::other("a snapshot was answered out of order")),
+        }
+    }
+}
+
+/// Where to begin, given what the receiver has: there, if it is the same.
+fn begin_at(dir: &Path, files: &[(String, u64)], file: u64, offset: u64, crc: u32) -> SnapshotBegin {
+    let number = usize::try_from(file).unwrap_or(usize::MAX);
+    match checksum_before(dir, files, number, offset) {
+        Ok(own) if own == crc && number <= files.len() => {
+            if file > 0 || offset > 0 {
+                tracing::info!(file, offset, "a snapshot's transfer goes on where it stopped");
+            }
+            SnapshotBegin { file, offset }
+        }
+        _ => {
+            tracing::warn!("what a peer has of a snapshot is something else; beginning at the start");
+            SnapshotBegin { file: 0, offset: 0 }
+        }
     }
 }

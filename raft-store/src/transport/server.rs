@@ -2,10 +2,10 @@
 
 use super::wire::{
     Append, Hello, HelloReply, Mode, PROTOCOL, ProposeRefusal, ProposedReply, ReadIndexReply, Reply, Request,
-    SnapshotHeader, SnapshotReply, StreamReply, VoteReply,
+    SnapshotBegin, SnapshotHeader, SnapshotReply, StreamReply, VoteReply,
 };
 use super::{APPENDS_IN_FLIGHT_MAX, CONNECT_TIMEOUT, Directory, Frames, SNAPSHOT_STALL, frames};
-use crate::files::{remove_dir_if_there, sync_dir};
+use crate::incoming::{Incoming, Partial};
 use crate::snapshots::{SnapshotDir, Snapshots};
 use crate::state_machine::StateMachine;
 use crate::types::{SnapshotMeta, Stamper, TypeConfig};
@@ -18,7 +18,6 @@ use openraft::raft::TransferLeaderRequest;
 use openraft::storage::Snapshot;
 use std::future::Future;
 use std::io;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::AsyncWriteExt;
@@ -34,6 +33,8 @@ const CONNECTIONS_MAX: usize = 256;
 /// Requests under way on one rpc connection.
 const REQUESTS_IN_FLIGHT_MAX: usize = 4096;
 
+/// Bytes of a snapshot after which what has arrived is synced.
+const SNAPSHOT_SYNC_BYTES: usize = 8 << 20;
 /// Files of one snapshot.
 const SNAPSHOT_FILES_MAX: usize = 100_000;
 
@@ -60,6 +61,8 @@ pub struct PeerServer<F> {
     pub forwarded: Arc<F>,
     /// Where snapshots arrive.
     pub snapshots: Arc<Snapshots>,
+    /// Whose turn it is to send one.
+    pub incoming: Incoming,
     /// Told of every sign of a leader.
     pub stamper: Arc<Stamper>,
 }
@@ -120,7 +123,7 @@ impl<F: Forwarded> PeerServer<F> {
         match hello.mode {
             Mode::Rpc => self.serve_rpc(frames).await,
             Mode::Append => self.serve_append(frames).await,
-            Mode::Snapshot => self.serve_snapshot(frames).await,
+            Mode::Snapshot => self.serve_snapshot(frames, hello.from).await,
         }
     }
 
@@ -275,35 +278,94 @@ impl<F: Forwarded> PeerServer<F> {
         }
     }
 
-    async fn serve_snapshot(&self, mut frames: Frames) -> io::Result<()> {
-        let aside = self.snapshots.aside("incoming")?;
-        let received = self.receive_snapshot(&mut frames, &aside).await;
+    async fn serve_snapshot(&self, mut frames: Frames, from: u64) -> io::Result<()> {
+        let received = self.receive_snapshot(&mut frames, from).await;
         let reply = match received {
             Ok(reply) => reply,
             Err(error) => {
-                tracing::warn!(%error, "a snapshot did not arrive whole");
-                remove_dir_if_there(&aside)?;
+                tracing::warn!(from, %error, "a snapshot did not arrive whole");
                 SnapshotReply::Failed(error.to_string())
             }
         };
         frames.send(Bytes::from(encode(&reply))).await
     }
 
-    async fn receive_snapshot(&self, frames: &mut Frames, aside: &Path) -> io::Result<SnapshotReply> {
-        let header: SnapshotHeader = decode(&next_frame(frames).await?).map_err(io::Error::other)?;
-        let meta = SnapshotMeta::try_from(header.meta).map_err(io::Error::other)?;
+    async fn receive_snapshot(&self, frames: &mut Frames, from: u64) -> io::Result<SnapshotReply> {
+        let header = next_frame(frames, &CancellationToken::new()).await?;
+        let header: SnapshotHeader = decode(&header).map_err(io::Error::other)?;
+        let meta = SnapshotMeta::try_from(header.meta.clone()).map_err(io::Error::other)?;
         if header.files.len() > SNAPSHOT_FILES_MAX {
             return Err(io::Error::other(format!("a snapshot of {} files", header.files.len())));
         }
-        tokio::fs::create_dir_all(aside).await?;
-        for (name, size) in header.files {
-            if !is_plain_file_name(&name) {
-                return Err(io::Error::other(format!("a snapshot holds a file named {name:?}")));
+        if let Some((name, _)) = header.files.iter().find(|(name, _)| !is_plain_file_name(name)) {
+            return Err(io::Error::other(format!("a snapshot holds a file named {name:?}")));
+        }
+        let vote: crate::types::Vote = header.vote.into();
+        let known = self.raft.metrics().borrow_watched().vote;
+        if known > vote {
+            // Its sender is deposed; nothing has to be sent to learn that.
+            return Ok(SnapshotReply::Installed(known.into()));
+        }
+        let Some(turn) = self.incoming.enter(vote).await else {
+            return Err(io::Error::other("a newer leader is sending a snapshot"));
+        };
+        let partial = self.receive_files(frames, from, &header, &turn.cancelled).await?;
+        // What it holds must be what was announced, or the log would go on at the wrong place.
+        let snapshots = self.snapshots.clone();
+        let (dir, meta) = tokio::task::spawn_blocking(move || {
+            let held = partial.sync().and_then(|()| crate::state_db::read_meta(&partial.dir));
+            if held.as_ref().is_ok_and(|held| *held == meta) {
+                // Under a name of its own: the next transfer must not find this one's directory, nor lose its own to it.
+                let arrived = snapshots.aside("arrived")?;
+                std::fs::rename(&partial.dir, &arrived)?;
+                partial.forget()?;
+                return Ok((arrived, meta));
             }
-            let mut file = tokio::fs::File::create(aside.join(&name)).await?;
-            let mut left = size;
+            // All bytes are there and it is no snapshot: nothing to go on with.
+            partial.remove()?;
+            held?;
+            Err(io::Error::other("a snapshot's data and description differ"))
+        })
+        .await
+        .map_err(io::Error::other)??;
+        let snapshot = SnapshotDir::temporary(dir);
+        self.stamper.heard_of_leader();
+        let response = self
+            .raft
+            .install_full_snapshot(vote, Snapshot { meta, snapshot })
+            .await
+            .map_err(io::Error::other)?;
+        Ok(SnapshotReply::Installed(response.vote.into()))
+    }
+
+    /// Receives what is not there yet. What has arrived stays, whatever happens on the way.
+    async fn receive_files(
+        &self,
+        frames: &mut Frames,
+        from: u64,
+        header: &SnapshotHeader,
+        cancelled: &CancellationToken,
+    ) -> io::Result<Partial> {
+        let (root, wanted) = (self.snapshots.root().to_owned(), header.clone());
+        let opened = tokio::task::spawn_blocking(move || Partial::open(&root, from, &wanted));
+        let (partial, place) = opened.await.map_err(io::Error::other)??;
+        let go = SnapshotReply::Go { file: place.file as u64, offset: place.offset, crc: place.crc };
+        frames.send(Bytes::from(encode(&go))).await?;
+        let begin: SnapshotBegin = decode(&next_frame(frames, cancelled).await?).map_err(io::Error::other)?;
+        let mut offset = begin.offset;
+        if (begin.file, begin.offset) != (place.file as u64, place.offset) {
+            if (begin.file, begin.offset) != (0, 0) {
+                return Err(io::Error::other("a snapshot begins at a place that was not named"));
+            }
+            partial.restart()?;
+        }
+        for (name, size) in header.files.iter().skip(usize::try_from(begin.file).unwrap_or(usize::MAX)) {
+            let have = std::mem::take(&mut offset);
+            let mut file =
+                tokio::fs::OpenOptions::new().create(true).append(true).open(partial.dir.join(name)).await?;
+            let (mut left, mut unsynced) = (size.saturating_sub(have), 0);
             while left > 0 {
-                let frame = next_frame(frames).await?;
+                let frame = next_frame(frames, cancelled).await?;
                 let Some((crc, chunk)) = frame.split_first_chunk::<4>() else {
                     return Err(io::Error::other("a chunk without a checksum"));
                 };
@@ -314,36 +376,27 @@ impl<F: Forwarded> PeerServer<F> {
                     .checked_sub(chunk.len() as u64)
                     .ok_or_else(|| io::Error::other(format!("{name} is longer than announced")))?;
                 file.write_all(chunk).await?;
+                file.flush().await?;
+                unsynced += chunk.len();
+                if unsynced >= SNAPSHOT_SYNC_BYTES {
+                    // In small pieces: the log's own syncs wait behind them.
+                    file.sync_data().await?;
+                    unsynced = 0;
+                }
             }
-            file.flush().await?;
             file.sync_all().await?;
         }
-        // What it holds must be what was announced, or the log would go on at the wrong place.
-        let dir = aside.to_owned();
-        let held = tokio::task::spawn_blocking(move || {
-            sync_dir(&dir)?;
-            crate::state_db::read_meta(&dir)
-        })
-        .await
-        .map_err(io::Error::other)??;
-        if held != meta {
-            return Err(io::Error::other("a snapshot's data and description differ"));
-        }
-        let snapshot = SnapshotDir::temporary(aside.to_owned());
-        let vote: crate::types::Vote = header.vote.into();
-        self.stamper.heard_of_leader();
-        let response = self
-            .raft
-            .install_full_snapshot(vote, Snapshot { meta, snapshot })
-            .await
-            .map_err(io::Error::other)?;
-        Ok(SnapshotReply::Installed(response.vote.into()))
+        Ok(partial)
     }
 }
 
-async fn next_frame(frames: &mut Frames) -> io::Result<BytesMut> {
-    tokio::time::timeout(SNAPSHOT_STALL, frames.next())
-        .await
+/// The next frame of a snapshot; an error if none comes, or another transfer takes over.
+async fn next_frame(frames: &mut Frames, cancelled: &CancellationToken) -> io::Result<BytesMut> {
+    let frame = tokio::select! {
+        frame = tokio::time::timeout(SNAPSHOT_STALL, frames.next()) => frame,
+        () = cancelled.cancelled() => return Err(io::Error::other("another transfer has begun")),
+    };
+    frame
         .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "a snapshot made no progress"))?
         .ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))?
 }

@@ -13,7 +13,7 @@ use openraft::raft::{
 use std::io;
 
 /// Spoken by this program; another one is refused.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
 /// What a connection is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
@@ -129,7 +129,8 @@ pub struct ReadIndexReply {
     pub now_ms: u64,
 }
 
-/// First frame of a snapshot after the hello. The chunks of all files follow in order: `{crc32: u32 LE}{bytes}`.
+/// First frame of a snapshot after the hello. The receiver answers with [`SnapshotReply::Go`]; then comes a
+/// [`SnapshotBegin`], and from there on the chunks of all files in order: `{crc32: u32 LE}{bytes}`.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct SnapshotHeader {
     pub vote: WireVote,
@@ -137,11 +138,24 @@ pub struct SnapshotHeader {
     pub files: Vec<(String, u64)>,
 }
 
-/// The answer to a snapshot.
+/// Where the sender of a snapshot begins: at the place the receiver named, or at the start of the first file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct SnapshotBegin {
+    pub file: u64,
+    pub offset: u64,
+}
+
+/// The answers to a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub enum SnapshotReply {
     Installed(WireVote),
     Failed(String),
+    /// What is there already: this many whole files, this much of the next, and the CRC-32 of all of it.
+    Go {
+        file: u64,
+        offset: u64,
+        crc: u32,
+    },
 }
 
 impl Append {

@@ -257,7 +257,7 @@ async fn end(cluster: &mut Cluster, signals: &mut Signals, out: &Out) {
     stop(controllers, CONTROLLER_PATIENCE, signals.next()).await;
 }
 
-fn beside_this(program: &str) -> Result<PathBuf, CliError> {
+pub(crate) fn beside_this(program: &str) -> Result<PathBuf, CliError> {
     let this = std::env::current_exe().map_err(|error| CliError::io("finding this program", error))?;
     let path = this.with_file_name(program);
     if path.is_file() {

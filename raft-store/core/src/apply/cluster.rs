@@ -1,8 +1,9 @@
 //! Forming the cluster, and its configuration.
 
 use super::step::Step;
+use crate::codec::encode;
 use crate::command::FormCluster;
-use crate::kv::{ReadState, StateError};
+use crate::kv::{ReadState, StateError, Table, keys};
 use crate::outcome::{Effect, Outcome, Refusal};
 use crate::records::ClusterRecord;
 use holdfast_wire::LeaseConfig;
@@ -15,12 +16,23 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
         if let Err(error) = form.lease.check() {
             return Ok(Outcome::Refused(Refusal::Lease(error.to_string())));
         }
-        self.put_cluster(ClusterRecord {
+        let mut record = ClusterRecord {
             cluster_id: form.cluster_id.clone(),
             token_secret: form.token_secret,
             lease: form.lease,
             terminated_keep_ms: form.terminated_keep_ms,
-        });
+        };
+        if let Some(mut restored) = self.view().restored()? {
+            // The old cluster's durations, whoever proposes: its backends are still running by them. Identity and
+            // secret are new, so that its drones, and whoever holds its tokens, can tell the difference.
+            record.cluster_id.insert_str(0, &restored.id_prefix);
+            record.lease = restored.lease;
+            record.terminated_keep_ms = restored.terminated_keep_ms;
+            let quarantine_ms = restored.quarantine_ms.max(restored.lease.expiry_ms);
+            restored.acquisitions_from_ms = Some(self.now_ms.saturating_add(quarantine_ms));
+            self.txn.put(Table::Meta, keys::RESTORED.to_vec(), encode(&restored));
+        }
+        self.put_cluster(record);
         self.effect(Effect::Formed);
         Ok(Outcome::Formed(true))
     }
