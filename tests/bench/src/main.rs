@@ -18,6 +18,7 @@
 
 mod child;
 mod compare;
+mod disk;
 mod elections;
 mod etcd;
 mod holdfast;
