@@ -287,7 +287,7 @@ async fn hold(
     keys: u64,
     seconds: f64,
     options: &Options,
-    prefix: &'static str,
+    prefix: &str,
 ) -> Result<(Holding, u64)> {
     let orders = looker.fleet.orders();
     let probes = Probes::start(
@@ -388,8 +388,8 @@ pub async fn run(options: &Options) -> Result<()> {
         let last = stage == options.keys;
         let seconds = if last { options.minutes * 60.0 } else { float(options.stage_seconds) };
         // Names must not repeat: one prefix for each stage.
-        let prefix: &'static str = Box::leak(format!("probe-{stage}").into_boxed_str());
-        let (holding, probes_failed) = hold(&mut looker, stage, seconds, options, prefix).await?;
+        let prefix = format!("probe-{stage}");
+        let (holding, probes_failed) = hold(&mut looker, stage, seconds, options, &prefix).await?;
         holds.push(holding);
         failed += probes_failed;
     }
