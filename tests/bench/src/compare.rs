@@ -77,12 +77,12 @@ async fn acquire(system: &str, clients: usize, options: &Options, dir: &Path) ->
         "etcd" => {
             let cluster = etcd::Cluster::start(dir).await?;
             let load = cluster.acquirers(clients, options.etcd_place).await?;
-            Ok(load::run(load, span, &cluster.pids()).await?.0)
+            Ok(load::run(load, span, &cluster.servers()).await?.0)
         }
         "postgres" => {
             let database = postgres::Database::start(dir, options.drones).await?;
             let load = database.acquirers(clients, options.postgres_connections).await?;
-            Ok(load::run(load, span, &database.pids()).await?.0)
+            Ok(load::run(load, span, &database.servers()).await?.0)
         }
         _ => {
             let cluster = holdfast::Cluster::start(&options.settings).await?;
@@ -91,7 +91,7 @@ async fn acquire(system: &str, clients: usize, options: &Options, dir: &Path) ->
             let working: Vec<_> = drones.into_iter().map(holdfast::Working::start).collect();
             cluster.wait_fit("", place).await?;
             let load = cluster.acquirers(clients, place).await?;
-            let measured = load::run(load, span, &cluster.pids()).await?.0;
+            let measured = load::run(load, span, &cluster.servers()).await?.0;
             // A drone that has failed says so here.
             holdfast::Working::stop_all(working, 0).await?;
             Ok(measured)
@@ -105,18 +105,18 @@ async fn renew(system: &str, clients: usize, options: &Options, dir: &Path) -> R
         "etcd" => {
             let cluster = etcd::Cluster::start(dir).await?;
             let load = cluster.renewers(clients, RENEW_KEYS, options.etcd_place).await?;
-            Ok(load::run(load, span, &cluster.pids()).await?.0)
+            Ok(load::run(load, span, &cluster.servers()).await?.0)
         }
         "postgres" => {
             let database = postgres::Database::start(dir, options.drones).await?;
             let load = database.renewers(clients, RENEW_KEYS, options.postgres_connections).await?;
-            Ok(load::run(load, span, &database.pids()).await?.0)
+            Ok(load::run(load, span, &database.servers()).await?.0)
         }
         _ => {
             let cluster = holdfast::Cluster::start(&options.settings).await?;
             let drones = cluster.holders(clients, RENEW_KEYS, options.holdfast_place).await?;
             let load = drones.into_iter().map(|drone| holdfast::Renewer::new(drone, RENEW_KEYS)).collect();
-            Ok(load::run(load, span, &cluster.pids()).await?.0)
+            Ok(load::run(load, span, &cluster.servers()).await?.0)
         }
     }
 }
@@ -126,7 +126,7 @@ async fn renew_batched(clients: usize, options: &Options) -> Result<Measured> {
     let cluster = holdfast::Cluster::start(&options.settings).await?;
     let drones = cluster.holders(clients, keys, options.holdfast_place).await?;
     let load = drones.into_iter().map(|drone| holdfast::BatchRenewer::new(drone, keys)).collect();
-    Ok(load::run(load, options.span(), &cluster.pids()).await?.0)
+    Ok(load::run(load, options.span(), &cluster.servers()).await?.0)
 }
 
 async fn measure(system: &str, operation: &str, clients: usize, options: &Options) -> Result<Measured> {

@@ -2,7 +2,7 @@
 //! measured. What ends inside the window counts, whenever it began.
 
 use crate::problem::{During, Problem, Result};
-use crate::usage::{self, Usage};
+use crate::usage::{self, Servers};
 use std::future::Future;
 use std::time::{Duration, Instant};
 
@@ -32,8 +32,11 @@ pub struct Measured {
     pub p50_us: u64,
     /// 99th percentile, in microseconds.
     pub p99_us: u64,
-    /// What the servers used in the window.
-    pub servers: Usage,
+    /// CPU time of the servers in the window, in seconds.
+    pub servers_cpu_s: f64,
+    /// Bytes that reached the disk for each operation, from the first to the last, with all that had to be written for
+    /// them afterwards.
+    pub bytes_per_op: f64,
     /// CPU time of this process in the window, in seconds.
     pub driver_cpu_s: f64,
 }
@@ -59,7 +62,10 @@ pub fn micros(duration: Duration) -> u32 {
 #[derive(Default)]
 struct Tally {
     times_us: Vec<u32>,
+    /// In the window.
     ops: u64,
+    /// With those of the warm-up and the last ones.
+    all_ops: u64,
 }
 
 async fn one<C: Client>(mut client: C, begin: Instant, end: Instant) -> Result<(C, Tally)> {
@@ -71,6 +77,7 @@ async fn one<C: Client>(mut client: C, begin: Instant, end: Instant) -> Result<(
         }
         let ops = client.once().await?;
         let answered = Instant::now();
+        tally.all_ops += ops;
         if answered >= begin && answered < end {
             tally.times_us.push(micros(answered - asked));
             tally.ops += ops;
@@ -78,32 +85,41 @@ async fn one<C: Client>(mut client: C, begin: Instant, end: Instant) -> Result<(
     }
 }
 
-/// Runs `clients` and gives them back. `servers` are the processes whose use counts.
-pub async fn run<C: Client>(clients: Vec<C>, span: Span, servers: &[u32]) -> Result<(Measured, Vec<C>)> {
+/// Runs `clients` and gives them back.
+pub async fn run<C: Client>(clients: Vec<C>, span: Span, servers: &Servers) -> Result<(Measured, Vec<C>)> {
+    // What was written before must not reach the disk now.
+    servers.sync()?;
+    let written_before = servers.written_bytes()?;
     let begin = Instant::now() + span.warm_up;
     let end = begin + span.measured;
     let tasks: Vec<_> = clients.into_iter().map(|client| tokio::spawn(one(client, begin, end))).collect();
     tokio::time::sleep_until(begin.into()).await;
-    let (before, driver_before) = (usage::of(servers)?, usage::own_cpu_s()?);
+    let (before, driver_before) = (servers.cpu_s()?, usage::own_cpu_s()?);
     tokio::time::sleep_until(end.into()).await;
-    let (after, driver_after) = (usage::of(servers)?, usage::own_cpu_s()?);
+    let (after, driver_after) = (servers.cpu_s()?, usage::own_cpu_s()?);
     let (mut all, mut clients) = (Tally::default(), Vec::with_capacity(tasks.len()));
     for task in tasks {
         let (client, tally) = task.await.during("a client")??;
         clients.push(client);
         all.times_us.extend(tally.times_us);
         all.ops += tally.ops;
+        all.all_ops += tally.all_ops;
     }
     if all.ops == 0 {
         return Err(Problem("no request ended in the window".to_owned()));
     }
+    servers.sync()?;
+    let written = servers.written_bytes()?.saturating_sub(written_before);
     all.times_us.sort_unstable();
+    #[allow(clippy::cast_precision_loss, reason = "far below 2^52")]
+    let bytes_per_op = written as f64 / all.all_ops as f64;
     let measured = Measured {
         ops: all.ops,
         seconds: span.measured.as_secs_f64(),
         p50_us: quantile(&all.times_us, 0.5),
         p99_us: quantile(&all.times_us, 0.99),
-        servers: after.since(before),
+        servers_cpu_s: after - before,
+        bytes_per_op,
         driver_cpu_s: driver_after - driver_before,
     };
     Ok((measured, clients))
@@ -133,6 +149,10 @@ pub async fn prepare<C: Client>(clients: Vec<C>, count: usize) -> Result<Vec<C>>
 mod tests {
     use super::*;
 
+    fn own() -> Servers {
+        Servers::new(vec![std::process::id()], &std::env::temp_dir())
+    }
+
     struct Counter(u64);
 
     impl Client for Counter {
@@ -156,7 +176,7 @@ mod tests {
         let span = Span { warm_up: Duration::from_millis(50), measured: Duration::from_millis(50) };
         let clients = prepare(vec![Counter(0), Counter(100)], 3).await.unwrap();
         assert_eq!(clients[0].0, 3);
-        let (measured, clients) = run(clients, span, &[std::process::id()]).await.unwrap();
+        let (measured, clients) = run(clients, span, &own()).await.unwrap();
         let all: u64 = clients.iter().map(|client| client.0).sum::<u64>() - 106;
         assert!(measured.ops > 0 && measured.ops < all * 10, "{measured:?} of {all}");
         assert!(measured.p99_us >= measured.p50_us && measured.p50_us >= 1000);
@@ -173,7 +193,7 @@ mod tests {
     #[tokio::test]
     async fn a_failed_request_ends_the_run() {
         let span = Span { warm_up: Duration::ZERO, measured: Duration::from_millis(10) };
-        let error = run(vec![Failing], span, &[std::process::id()]).await.map(|_| ()).unwrap_err();
+        let error = run(vec![Failing], span, &own()).await.map(|_| ()).unwrap_err();
         assert_eq!(error.to_string(), "it failed");
     }
 }

@@ -18,6 +18,7 @@
 
 mod child;
 mod compare;
+mod disk;
 mod elections;
 mod etcd;
 mod holdfast;
@@ -176,7 +177,21 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()
 }
 
+/// As many open files as are allowed: a thousand drones are a thousand sockets here and in a controller, which inherits
+/// this. Without it the run would say which socket failed.
+fn raise_open_files() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: both are given a valid struct of this thread's.
+    unsafe {
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 {
+            limit.rlim_cur = limit.rlim_max;
+            let _ = libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
+        }
+    }
+}
+
 fn main() -> ExitCode {
+    raise_open_files();
     let mut args = std::env::args().skip(1);
     let command = args.next().unwrap_or_default();
     let wrong = |problem: String| {

@@ -99,7 +99,7 @@ pub struct Holding {
     pub driver_cpu: f64,
     /// Largest resident memory of a controller, in bytes.
     pub resident_bytes: u64,
-    /// Bytes that the controllers wrote per second.
+    /// Bytes that reached the disk per second.
     pub written_bytes_per_s: f64,
 }
 
@@ -287,7 +287,7 @@ async fn hold(
     keys: u64,
     seconds: f64,
     options: &Options,
-    prefix: &'static str,
+    prefix: &str,
 ) -> Result<(Holding, u64)> {
     let orders = looker.fleet.orders();
     let probes = Probes::start(
@@ -299,9 +299,9 @@ async fn hold(
         PROBE_KEEP,
         prefix,
     );
-    let pids = looker.cluster.pids();
-    let (used, own, renewed) =
-        (usage::of(&pids)?, usage::own_cpu_s()?, looker.fleet.published().counts.renewed);
+    let servers = looker.cluster.servers();
+    let (cpu_s, written) = (servers.cpu_s()?, servers.written_bytes()?);
+    let (own, renewed) = (usage::own_cpu_s()?, looker.fleet.published().counts.renewed);
     let begin = Instant::now();
     let end = begin + Duration::from_secs_f64(seconds);
     let mut all = Vec::new();
@@ -313,7 +313,7 @@ async fn hold(
         all.extend(samples);
     }
     let took = begin.elapsed().as_secs_f64();
-    let used = usage::of(&pids)?.since(used);
+    let (cpu_s, written) = (servers.cpu_s()? - cpu_s, servers.written_bytes()?.saturating_sub(written));
     let driver = usage::own_cpu_s()? - own;
     let renewed = looker.fleet.published().counts.renewed - renewed;
     let notes = probes.stop().await?;
@@ -331,10 +331,10 @@ async fn hold(
         p50_ms,
         p99_ms,
         max_ms,
-        controllers_cpu: used.cpu_s / took,
+        controllers_cpu: cpu_s / took,
         driver_cpu: driver / took,
         resident_bytes: resident.copied().unwrap_or_default(),
-        written_bytes_per_s: float(used.written_bytes) / took,
+        written_bytes_per_s: float(written) / took,
     };
     println!(
         "held {keys} keys for {took:.0} s: {:.0} renewals/s, {:.0} connects/s, p50 {p50_ms:.2} p99 {p99_ms:.2} max {max_ms:.0} ms, controllers {:.2} cores, driver {:.2}, {:.1} MB/s written",
@@ -388,8 +388,8 @@ pub async fn run(options: &Options) -> Result<()> {
         let last = stage == options.keys;
         let seconds = if last { options.minutes * 60.0 } else { float(options.stage_seconds) };
         // Names must not repeat: one prefix for each stage.
-        let prefix: &'static str = Box::leak(format!("probe-{stage}").into_boxed_str());
-        let (holding, probes_failed) = hold(&mut looker, stage, seconds, options, prefix).await?;
+        let prefix = format!("probe-{stage}");
+        let (holding, probes_failed) = hold(&mut looker, stage, seconds, options, &prefix).await?;
         holds.push(holding);
         failed += probes_failed;
     }

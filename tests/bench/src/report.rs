@@ -23,7 +23,7 @@ pub struct Row {
     pub p99_us: u64,
     /// CPU seconds of the servers for 1,000 operations.
     pub cpu_s_per_1000: f64,
-    /// Bytes that the servers wrote to disk for an operation.
+    /// Bytes that reached the disk for an operation, on all nodes.
     pub bytes_per_op: f64,
 }
 
@@ -48,8 +48,8 @@ impl Row {
             ops_per_s: rounded(ops / measured.seconds, 1),
             p50_us: measured.p50_us,
             p99_us: measured.p99_us,
-            cpu_s_per_1000: rounded(measured.servers.cpu_s / ops * 1000.0, 5),
-            bytes_per_op: rounded(float(measured.servers.written_bytes) / ops, 1),
+            cpu_s_per_1000: rounded(measured.servers_cpu_s / ops * 1000.0, 5),
+            bytes_per_op: rounded(measured.bytes_per_op, 1),
         }
     }
 }
@@ -185,7 +185,6 @@ pub fn ratio_lines(ratios: &[Ratio]) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::usage::Usage;
 
     fn row(system: &str, operation: &str, ops_per_s: f64, p99_us: u64) -> Row {
         Row {
@@ -207,7 +206,8 @@ mod tests {
             seconds: 4.0,
             p50_us: 5,
             p99_us: 9,
-            servers: Usage { cpu_s: 3.0, written_bytes: 5_000 },
+            servers_cpu_s: 3.0,
+            bytes_per_op: 2.5,
             driver_cpu_s: 1.0,
         };
         let row = Row::new("etcd", "acquire", 64, &measured);

@@ -1,26 +1,51 @@
 //! What processes have used, from `/proc`.
 
+use crate::disk::{self, Disk};
 use crate::problem::{During, Result};
 use nix::unistd::{SysconfVar, sysconf};
 use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
 
 /// What some processes have used since they began.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Usage {
     /// User and system time, in seconds, with that of their children that have ended.
     pub cpu_s: f64,
-    /// `write_bytes` of `/proc/PID/io`: bytes of pages that these processes made dirty or wrote past the cache. What a
-    /// file system writes for itself (its journal) is not in it.
-    pub written_bytes: u64,
+    /// `write_bytes` of `/proc/PID/io`. Only where there is nothing better: see [`disk`].
+    written_bytes: u64,
 }
 
-impl Usage {
-    /// What was used since `earlier`.
-    pub fn since(self, earlier: Self) -> Self {
-        Self {
-            cpu_s: (self.cpu_s - earlier.cpu_s).max(0.0),
-            written_bytes: self.written_bytes.saturating_sub(earlier.written_bytes),
+/// The processes of a system and where they write.
+#[derive(Debug, Clone)]
+pub struct Servers {
+    /// With their descendants.
+    pub pids: Vec<u32>,
+    dir: PathBuf,
+    disk: Option<Disk>,
+}
+
+impl Servers {
+    /// Servers with their data below `dir`.
+    pub fn new(pids: Vec<u32>, dir: &Path) -> Self {
+        Self { pids, dir: dir.to_owned(), disk: Disk::below(dir).ok() }
+    }
+
+    /// CPU time used so far, in seconds.
+    pub fn cpu_s(&self) -> Result<f64> {
+        Ok(of(&self.pids)?.cpu_s)
+    }
+
+    /// Bytes written to the disk so far: by whatever writes to it, or else what `/proc` says of these processes.
+    pub fn written_bytes(&self) -> Result<u64> {
+        match self.disk {
+            Some(disk) => disk.written_bytes(),
+            None => Ok(of(&self.pids)?.written_bytes),
         }
+    }
+
+    /// Has written what waits to be.
+    pub fn sync(&self) -> Result<()> {
+        disk::sync(&self.dir)
     }
 }
 
@@ -82,7 +107,7 @@ fn with_descendants(roots: &[u32], stats: &HashMap<u32, Stat>) -> HashSet<u32> {
 }
 
 /// What `roots` and their descendants have used. An error if one of `roots` is gone or must not be looked at.
-pub fn of(roots: &[u32]) -> Result<Usage> {
+fn of(roots: &[u32]) -> Result<Usage> {
     let stats = stats();
     let mut usage = Usage::default();
     for pid in with_descendants(roots, &stats) {
@@ -151,11 +176,6 @@ mod tests {
         assert!(before.cpu_s >= 0.0);
         assert!(memory(own).unwrap().resident_bytes > 0);
         assert!(of(&[u32::MAX]).is_err());
-        let later = Usage { cpu_s: 3.0, written_bytes: 10 };
-        assert_eq!(
-            later.since(Usage { cpu_s: 1.0, written_bytes: 4 }),
-            Usage { cpu_s: 2.0, written_bytes: 6 }
-        );
     }
 
     #[test]

@@ -17,11 +17,12 @@ use crate::child::{Server, command};
 use crate::load::Client;
 use crate::place::Place;
 use crate::problem::{During, Result, problem};
+use crate::usage::Servers;
 use grpc::{Connection, Stream};
 use holdfast_tests::harness::PortBlock;
 use nix::sys::signal::Signal;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// Of a lease, in seconds: as long as our keys'.
@@ -39,6 +40,7 @@ pub struct Cluster {
     addrs: Vec<SocketAddr>,
     /// Index of the leader.
     leader: usize,
+    dir: PathBuf,
     _ports: PortBlock,
 }
 
@@ -64,7 +66,7 @@ impl Cluster {
             nodes.push(Server::start(etcd, dir.join(format!("etcd-{at}.log")), Signal::SIGKILL)?);
         }
         let addrs = addrs.into_iter().map(|(listen, _)| listen).collect();
-        let mut cluster = Self { nodes, addrs, leader: 0, _ports: ports };
+        let mut cluster = Self { nodes, addrs, leader: 0, dir: dir.to_owned(), _ports: ports };
         let end = Instant::now() + READY_MAX;
         loop {
             cluster.nodes.iter_mut().try_for_each(Server::check)?;
@@ -93,9 +95,9 @@ impl Cluster {
         found.iter().position(|(member, _)| *member == leader).during("the leader is not a node")
     }
 
-    /// Process numbers.
-    pub fn pids(&self) -> Vec<u32> {
-        self.nodes.iter().map(Server::pid).collect()
+    /// The nodes.
+    pub fn servers(&self) -> Servers {
+        Servers::new(self.nodes.iter().map(Server::pid).collect(), &self.dir)
     }
 
     async fn connect(&self, client: usize, place: Place) -> Result<Connection> {

@@ -409,7 +409,7 @@ impl Probes {
         place: Place,
         per_second: u32,
         keep: Duration,
-        prefix: &'static str,
+        prefix: &str,
     ) -> Self {
         let (stop, notes) = (Arc::new(AtomicBool::new(false)), Arc::new(Notes::default()));
         let next = Arc::new(AtomicU64::new(0));
@@ -418,7 +418,7 @@ impl Probes {
             .map(|client| {
                 let mut http = Following::new(cluster, client, place);
                 let (stop, notes, next) = (Arc::clone(&stop), Arc::clone(&notes), Arc::clone(&next));
-                let orders = orders.clone();
+                let (orders, prefix) = (orders.clone(), prefix.to_owned());
                 tokio::spawn(async move {
                     while !stop.load(Ordering::Relaxed) {
                         let number = next.fetch_add(1, Ordering::Relaxed);

@@ -17,6 +17,7 @@ pub mod http;
 use crate::load::Client;
 use crate::place::Place;
 use crate::problem::{During, Result, problem};
+use crate::usage::Servers;
 use drone::{Drone, Identity, Kept};
 use holdfast_tests::harness;
 use http::HttpClient;
@@ -110,6 +111,11 @@ impl Cluster {
     /// Process numbers of the controllers.
     pub fn pids(&self) -> Vec<u32> {
         self.inner.controllers.iter().filter_map(harness::Process::pid).collect()
+    }
+
+    /// The controllers.
+    pub fn servers(&self) -> Servers {
+        Servers::new(self.pids(), &self.inner.dir())
     }
 
     /// Where client number `client` connects.

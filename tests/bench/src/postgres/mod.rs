@@ -15,6 +15,7 @@ mod statements;
 use crate::child::{Server, command, unprivileged};
 use crate::load::Client;
 use crate::problem::{During, Result, problem};
+use crate::usage::Servers;
 use holdfast_tests::harness::PortBlock;
 use nix::sys::signal::Signal;
 use statements::{CLUSTER, Connection};
@@ -36,6 +37,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 pub struct Database {
     server: Server,
     settings: String,
+    home: PathBuf,
     _ports: PortBlock,
 }
 
@@ -92,7 +94,7 @@ impl Database {
         // SIGINT: fast shutdown. What listens to nothing else is the postmaster's children, which end with it.
         let server = Server::start(postgres, dir.join("postgres.log"), Signal::SIGINT)?;
         let settings = format!("host={} port={} user=postgres dbname=postgres", addr.ip(), addr.port());
-        let mut database = Self { server, settings, _ports: ports };
+        let mut database = Self { server, settings, home, _ports: ports };
         let end = Instant::now() + READY_MAX;
         let client = loop {
             database.server.check()?;
@@ -123,9 +125,9 @@ impl Database {
         Ok(database)
     }
 
-    /// The postmaster's process number; the others descend from it.
-    pub fn pids(&self) -> Vec<u32> {
-        vec![self.server.pid()]
+    /// The postmaster, from which the others descend.
+    pub fn servers(&self) -> Servers {
+        Servers::new(vec![self.server.pid()], &self.home)
     }
 
     /// A pool of `size` connections.
