@@ -3,6 +3,7 @@
 use crate::app::App;
 use crate::config::Settings;
 use crate::http;
+use crate::join::{JoinError, join};
 use axum::serve::ListenerExt;
 use raft_store::{OpenError, Store};
 use std::future::Future;
@@ -33,6 +34,9 @@ pub enum ServeError {
     /// The HTTP server failed.
     #[error("the HTTP server failed: {0}")]
     Http(std::io::Error),
+    /// The cluster to join does not take this member.
+    #[error(transparent)]
+    Join(#[from] JoinError),
     /// The replica failed for good.
     #[error("this replica has failed: {0}")]
     Failed(String),
@@ -76,6 +80,7 @@ pub async fn serve_on(
         served = &mut server => return served.map_err(ServeError::Http),
         () = stop => Ok(()),
         reason = store.failed() => Err(ServeError::Failed(reason)),
+        error = not_admitted(&app) => Err(ServeError::Join(error)),
     };
     if ended.is_ok() {
         tracing::info!("stopping");
@@ -101,4 +106,12 @@ pub async fn serve_on(
         tracing::warn!("some requests did not finish in time");
     }
     ended
+}
+
+/// Asks for admission if that is needed. Resolves only if it is refused.
+async fn not_admitted(app: &App) -> JoinError {
+    match join(&app.store, &app.settings).await {
+        Err(error) => error,
+        Ok(()) => std::future::pending().await,
+    }
 }

@@ -39,6 +39,7 @@ mod codec;
 mod files;
 mod keeper;
 mod log_store;
+mod members;
 mod rejoin;
 mod snapshots;
 pub mod state_db;
@@ -51,4 +52,5 @@ mod types;
 
 pub use api::*;
 pub use holdfast_core as core;
+pub use members::{MEMBERS_MAX, PEER_ADDR_BYTES_MAX};
 pub use store::{PROPOSAL_BYTES_MAX, Store};

@@ -4,7 +4,7 @@ use crate::snapshots::{SnapshotDir, Snapshots};
 use crate::state_db::StateHandle;
 use crate::types::{Applied, LogId, Response, SnapshotMeta, Stamper, StoredMembership, TypeConfig};
 use futures::{Stream, StreamExt};
-use holdfast_core::apply::{Position, apply, apply_blank};
+use holdfast_core::apply::{Position, apply, apply_blank, apply_membership};
 use holdfast_core::codec::decode;
 use holdfast_core::command::Proposal;
 use holdfast_core::kv::Txn;
@@ -95,7 +95,7 @@ impl StateMachine {
                 }
                 EntryPayload::Membership(m) => {
                     membership = Some(StoredMembership::new(Some(entry.log_id), m.clone()));
-                    apply_blank(&mut txn, at).map_err(io_error)?;
+                    apply_membership(&mut txn, at, m.nodes().map(|(id, _)| *id)).map_err(io_error)?;
                     Response(None)
                 }
                 EntryPayload::Blank => {

@@ -133,7 +133,10 @@ impl IntoResponse for Failure {
             tracing::debug!(id = %body.id, kind = ?body.kind, message = %body.message, "request refused");
         }
         let mut response = (status, Json(body)).into_response();
-        if matches!(self.kind, ApiErrorKind::NoLeader | ApiErrorKind::Overloaded) {
+        if matches!(
+            self.kind,
+            ApiErrorKind::NoLeader | ApiErrorKind::Overloaded | ApiErrorKind::ChangeInProgress
+        ) {
             response.headers_mut().insert(header::RETRY_AFTER, RETRY_AFTER_S);
         }
         response

@@ -2,7 +2,7 @@
 //!
 //! | table | key | value |
 //! | --- | --- | --- |
-//! | `meta` | `cluster`, `progress` (and, of `raft-store` alone, `applied`, `membership`) | [`crate::records::ClusterRecord`], [`crate::records::ProgressRecord`] |
+//! | `meta` | `cluster`, `progress`, `member_ids` (and, of `raft-store` alone, `applied`, `membership`) | [`crate::records::ClusterRecord`], [`crate::records::ProgressRecord`], [`crate::records::MemberIdsRecord`] |
 //! | `keys` | `{namespace}\0{name}` | [`crate::records::KeyRecord`] |
 //! | `key_expiry` | `{expires_at_ms: u64 BE}{namespace}\0{name}` | token, u64 BE |
 //! | `backends` | `{backend id}` | [`crate::records::BackendRecord`] |
@@ -263,6 +263,8 @@ pub mod keys {
     pub const CLUSTER: &[u8] = b"cluster";
     /// `meta/progress`.
     pub const PROGRESS: &[u8] = b"progress";
+    /// `meta/member_ids`.
+    pub const MEMBER_IDS: &[u8] = b"member_ids";
 
     /// `{a}\0{b}`, for `keys` (namespace, name) and `drone_names` (cluster, name).
     pub fn pair(a: &str, b: &str) -> Vec<u8> {

@@ -5,7 +5,7 @@ use crate::kv::{ReadState, StateError, Table, keys};
 use crate::outcome::Holder;
 use crate::records::{
     ActionRecord, BackendRecord, ClusterRecord, DroneRecord, HeartbeatRecord, IdempotencyRecord, KeyRecord,
-    ProgressRecord,
+    MemberIdsRecord, ProgressRecord,
 };
 use bincode::Decode;
 use holdfast_wire::KeyConfig;
@@ -52,6 +52,11 @@ impl<R: ReadState> View<R> {
     /// Cluster time, counters and checksums as of the last applied entry.
     pub fn progress(&self) -> Result<ProgressRecord, StateError> {
         Ok(read(&self.0, Table::Meta, keys::PROGRESS)?.unwrap_or_default())
+    }
+
+    /// Every member id that was ever used.
+    pub fn member_ids(&self) -> Result<MemberIdsRecord, StateError> {
+        Ok(read(&self.0, Table::Meta, keys::MEMBER_IDS)?.unwrap_or_default())
     }
 
     /// A held key. It may have expired: compare `expires_at_ms` with the cluster time.

@@ -277,6 +277,9 @@ fn the_bytes_are_those_of_the_fixture_and_nothing_else_decodes() {
         outcome: Outcome::Acquired(holder()),
     };
     line(&mut out, "record", "idempotency", &idempotency);
+    let mut member_ids = MemberIdsRecord::default();
+    [3, 9, 1, 2, 4].into_iter().for_each(|id| member_ids.insert(id));
+    line(&mut out, "record", "member-ids", &member_ids);
 
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/bytes-v1.txt");
     if std::env::var_os("UPDATE_GOLDENFILES").is_some() {

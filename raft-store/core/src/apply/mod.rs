@@ -25,8 +25,9 @@ mod sweep;
 
 pub(crate) use actions::due_actions;
 
+use crate::codec::encode;
 use crate::command::{Command, Proposal, Stamp};
-use crate::kv::{ReadState, StateError, Txn};
+use crate::kv::{ReadState, StateError, Table, Txn, keys};
 use crate::outcome::{Effect, Outcome, Refusal};
 use crate::view::View;
 use idempotency::Recall;
@@ -93,10 +94,28 @@ pub fn apply<R: ReadState + ?Sized>(
     Ok(Applied { outcome, replayed, effects })
 }
 
-/// Accounts for a blank or membership entry: it moves only the running checksum.
+/// Accounts for a blank entry: it moves only the running checksum.
 pub fn apply_blank<R: ReadState + ?Sized>(txn: &mut Txn<'_, R>, at: Position) -> Result<(), StateError> {
     txn.begin_entry();
     let progress = View(&*txn).progress()?;
+    checksum::seal(txn, at, progress);
+    Ok(())
+}
+
+/// Accounts for a membership entry that names these members: their ids are used from now on, for ever.
+pub fn apply_membership<R: ReadState + ?Sized>(
+    txn: &mut Txn<'_, R>,
+    at: Position,
+    ids: impl IntoIterator<Item = u64>,
+) -> Result<(), StateError> {
+    txn.begin_entry();
+    let progress = View(&*txn).progress()?;
+    let before = View(&*txn).member_ids()?;
+    let mut used = before.clone();
+    ids.into_iter().for_each(|id| used.insert(id));
+    if used != before {
+        txn.put(Table::Meta, keys::MEMBER_IDS.to_vec(), encode(&used));
+    }
     checksum::seal(txn, at, progress);
     Ok(())
 }
