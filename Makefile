@@ -2,7 +2,7 @@
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test build lint figures clean prerequisites prerequisites-test
+.PHONY: help demo test build lint figures rolling clean prerequisites prerequisites-test
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ lint: prerequisites ## rustfmt and clippy, no warnings allowed
 
 figures: build ## connects per second and failover time of three controllers, measured here
 	target/release/figures
+
+rolling: build ## how long clients pause while each controller is restarted under load, measured here
+	target/release/rolling
 
 clean: ## remove target/
 	$(CARGO) clean

@@ -183,7 +183,11 @@ impl Inner {
 
     /// Whether that member has answered a heartbeat lately. Only a leader knows.
     fn answers(&self, metrics: &Metrics, id: u64) -> bool {
-        let recent = Duration::from_millis(self.config.election_timeout_ms);
+        self.answers_within(metrics, id, Duration::from_millis(self.config.election_timeout_ms))
+    }
+
+    /// Whether that member has answered a heartbeat that was sent no longer ago than that.
+    fn answers_within(&self, metrics: &Metrics, id: u64, recent: Duration) -> bool {
         let at = metrics.heartbeat.as_ref().and_then(|beats| beats.get(&id).copied().flatten());
         id == self.config.id || at.is_some_and(|at| at.into_inner().elapsed() <= recent)
     }
@@ -357,14 +361,17 @@ pub(crate) async fn change_here(inner: &Inner, change: MemberChange) -> Result<M
     }
 }
 
-/// Checks that the cluster could go on without `id`. A leader that has just begun has heard of nobody yet, and any member
-/// can be a heartbeat late: it looks for an election time-out.
+/// Checks that the cluster could go on without `id`. Only an answer to a heartbeat that was sent after the request came
+/// counts: a removal that was begun with a voter that has just died could neither be ended nor taken back, and nothing
+/// else could be committed.
 async fn majority_remains(inner: &Inner, id: u64, remaining: &BTreeSet<u64>) -> Result<(), MemberError> {
     let mut watched = inner.raft.metrics();
-    let until = Instant::now() + Duration::from_millis(inner.config.election_timeout_ms);
+    let asked = Instant::now();
+    let until = asked + Duration::from_millis(inner.config.election_timeout_ms);
     loop {
         let now = watched.borrow_and_update().clone();
-        let answering = remaining.iter().copied().filter(|voter| inner.answers(&now, *voter)).collect();
+        let answers = |voter: &u64| inner.answers_within(&now, *voter, asked.elapsed());
+        let answering = remaining.iter().copied().filter(answers).collect();
         let Err(refusal) = check_removal(id, remaining, &answering) else { return Ok(()) };
         if !matches!(tokio::time::timeout_at(until, watched.changed()).await, Ok(Ok(()))) {
             return Err(refusal);

@@ -50,6 +50,8 @@ const PROPOSALS_IN_FLIGHT_MAX: usize = 16_384;
 const EFFECTS_KEPT: usize = 4096;
 /// How long to wait for news of a leader before looking again.
 const LEADER_POLL: Duration = Duration::from_millis(50);
+/// The first such wait; it doubles. A leader that is being replaced says no for a few milliseconds.
+const LEADER_POLL_MIN: Duration = Duration::from_millis(2);
 /// How long one forwarded confirmation of a read may take before it is asked again.
 const READ_INDEX_TIMEOUT: Duration = Duration::from_millis(1000);
 /// A leader that no quorum has answered for this many election time-outs is taken to be cut off.
@@ -255,6 +257,7 @@ impl Store {
         let inner = &self.inner;
         let until = Instant::now() + deadline;
         let mut leader = inner.leader.subscribe();
+        let mut poll = LEADER_POLL_MIN;
         loop {
             if let Some(why) = inner.stopped() {
                 return Err(ProposeError::Stopped(why));
@@ -280,7 +283,7 @@ impl Store {
                 }
                 Err(ProposeRefusal::Overloaded) => return Err(ProposeError::Overloaded),
                 Err(ProposeRefusal::Unknown(why)) => return Err(ProposeError::OutcomeUnknown(why)),
-                Err(ProposeRefusal::NotLeader) => wait_for_change(&mut leader, left).await,
+                Err(ProposeRefusal::NotLeader) => wait_for_change(&mut leader, left, &mut poll).await,
             }
         }
     }
@@ -290,6 +293,7 @@ impl Store {
         let inner = &self.inner;
         let until = Instant::now() + deadline;
         let mut leader = inner.leader.subscribe();
+        let mut poll = LEADER_POLL_MIN;
         loop {
             if let Some(why) = inner.stopped() {
                 return Err(ReadError::Stopped(why));
@@ -308,7 +312,7 @@ impl Store {
             };
             let confirmed = tokio::time::timeout(left.min(READ_INDEX_TIMEOUT), confirm).await.ok().flatten();
             let Some(at) = confirmed else {
-                wait_for_change(&mut leader, left).await;
+                wait_for_change(&mut leader, left, &mut poll).await;
                 continue;
             };
             let left = until.saturating_duration_since(Instant::now());
@@ -448,8 +452,13 @@ impl Store {
     }
 }
 
-async fn wait_for_change(leader: &mut watch::Receiver<Option<LeaderInfo>>, left: Duration) {
-    let _ = tokio::time::timeout(left.min(LEADER_POLL), leader.changed()).await;
+async fn wait_for_change(
+    leader: &mut watch::Receiver<Option<LeaderInfo>>,
+    left: Duration,
+    poll: &mut Duration,
+) {
+    let _ = tokio::time::timeout(left.min(*poll), leader.changed()).await;
+    *poll = (*poll * 2).min(LEADER_POLL);
 }
 
 impl Inner {

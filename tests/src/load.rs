@@ -19,6 +19,8 @@ pub struct Seen {
     pub began: Instant,
     /// When it was answered.
     pub ended: Instant,
+    /// What was asked.
+    pub what: String,
     /// What the client said that is no success.
     pub failure: Option<String>,
 }
