@@ -116,9 +116,9 @@ async fn one(client: Client, cluster: String, name: String, pause: Duration, sto
             } else {
                 client.connect(&request(&cluster, &key)).await.err()
             };
-            let failure =
-                failure.map(|error| format!("{} {key}: {error}", if read { "read" } else { "connect" }));
-            seen.push(Seen { began, ended: Instant::now(), failure });
+            let what = format!("{} {key}", if read { "read" } else { "connect" });
+            let failure = failure.map(|error| format!("{what}: {error}"));
+            seen.push(Seen { began, ended: Instant::now(), what, failure });
             tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..=1.5))).await;
         }
     }

@@ -6,7 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "figures that can't be taken are not given")]
 
 use holdfast_tests::harness::{Cluster, LONG, wait_until};
-use holdfast_tests::load::{Figures, Load, drones};
+use holdfast_tests::load::{Figures, Load, Seen, drones};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use std::process::ExitCode;
@@ -18,6 +18,8 @@ const USAGE: &str =
 const LEASE: &str = "renew=30s,soft=40s,hard=50s,expiry=60s";
 /// Load before the first restart, after each, and for the figures without one.
 const CALM: Duration = Duration::from_secs(2);
+/// Requests that took longer are shown.
+const SLOW: Duration = Duration::from_millis(50);
 /// Simulated drones.
 const DRONES: usize = 6;
 
@@ -135,6 +137,16 @@ async fn main() -> ExitCode {
         .map(|(what, from, to, stopping)| line(what, report.between(*from, *to), *stopping))
         .collect();
     println!("terms: {terms} for {handed_over} handovers; requests: {}", report.seen.len());
+    for (what, from, to, _) in &spans {
+        let slow = |request: &&Seen| {
+            request.ended >= *from && request.ended <= *to && request.ended - request.began >= SLOW
+        };
+        for request in report.seen.iter().filter(slow) {
+            let after = ms(request.began.saturating_duration_since(*from));
+            let took = ms(request.ended - request.began);
+            println!("slow: {what}: {} {after} ms after SIGTERM took {took} ms", request.what);
+        }
+    }
     for failure in report.failures() {
         println!("failed: {failure}");
     }
