@@ -14,7 +14,7 @@ use holdfast_core::command::{Command, Proposal, Renew, RenewKey, Stamp, Sweep, S
 use holdfast_core::outcome::{Holder, Outcome, Refusal, RenewOutcome, ReportOutcome};
 use holdfast_core::records::{
     ActionRecord, BackendRecord, ClusterRecord, DroneRecord, HeartbeatRecord, IdempotencyRecord, KeyRecord,
-    PendingAction, ProgressRecord,
+    MemberIdsRecord, PendingAction, ProgressRecord,
 };
 use holdfast_wire::{BackendState, BackendStatus, KeyConfig, TerminationKind, TerminationReason};
 use proptest::prelude::*;
