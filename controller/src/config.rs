@@ -32,6 +32,8 @@ const TERMINATED_KEEP_MS_MIN: u64 = 1_000;
 const TERMINATED_KEEP_MS_MAX: u64 = 7 * 24 * 60 * 60 * 1000;
 /// Most members of an initial cluster.
 const MEMBERS_MAX: usize = 9;
+/// Most controllers that a joining member can be told of.
+const JOIN_URLS_MAX: usize = 64;
 /// Largest settings file, in bytes.
 const FILE_BYTES_MAX: u64 = 1024 * 1024;
 
@@ -59,9 +61,13 @@ pub struct Flags {
     /// replica has a log
     #[arg(long, env = "HOLDFAST_INITIAL_CLUSTER", value_name = "ID=HOST:PORT,...")]
     pub initial_cluster: Option<String>,
-    /// Join a running cluster through one of its controllers (not available yet)
-    #[arg(long, env = "HOLDFAST_JOIN", value_name = "URL", conflicts_with = "initial_cluster")]
+    /// Join a running cluster through its controllers, instead of --initial-cluster. Needs an --id that no member ever had.
+    /// Ignored once this replica is a member
+    #[arg(long, env = "HOLDFAST_JOIN", value_name = "URL,...", conflicts_with = "initial_cluster")]
     pub join: Option<String>,
+    /// Where the other replicas reach this one, told to them with --join [default: --peer-listen]
+    #[arg(long, env = "HOLDFAST_ADVERTISE_PEER", value_name = "HOST:PORT")]
+    pub advertise_peer: Option<String>,
     /// Cluster of a spawn_config that names none
     #[arg(long, env = "HOLDFAST_DEFAULT_CLUSTER", value_name = "HOST:PORT")]
     pub default_cluster: Option<String>,
@@ -126,6 +132,10 @@ pub struct Settings {
     pub listen: SocketAddr,
     /// Where clients and drones reach this replica; without a slash at the end.
     pub advertise_url: String,
+    /// Controllers of the cluster to join; empty for a member of a new cluster.
+    pub join: Vec<String>,
+    /// Where the other replicas reach this one, `HOST:PORT`.
+    pub advertise_peer: String,
     /// Cluster of a `spawn_config` that names none.
     pub default_cluster: Option<String>,
     /// Log filter.
@@ -155,6 +165,7 @@ impl Flags {
             advertise_url: self.advertise_url.or(file.advertise_url),
             initial_cluster: if cluster_given { self.initial_cluster } else { file.initial_cluster },
             join: if cluster_given { self.join } else { file.join },
+            advertise_peer: self.advertise_peer.or(file.advertise_peer),
             default_cluster: self.default_cluster.or(file.default_cluster),
             lease: self.lease.or(file.lease),
             election_timeout: self.election_timeout.or(file.election_timeout),
@@ -187,15 +198,32 @@ impl Flags {
             }
             None => format!("http://{listen}"),
         };
-        if self.join.is_some() {
-            return Err(wrong(
-                "join",
-                "is not available yet: start the members of a new cluster with --initial-cluster",
-            ));
-        }
-        let initial_cluster =
-            parse_members(&self.initial_cluster.ok_or_else(|| wrong("initial-cluster", "is missing"))?)?;
-        if !initial_cluster.contains_key(&id) {
+        let join = self.join.as_deref().map(parse_join).transpose()?.unwrap_or_default();
+        let advertise_peer = match self.advertise_peer {
+            Some(addr) if is_host_port(&addr) => addr,
+            Some(addr) => {
+                return Err(wrong("advertise-peer", format!("is {addr:?}, which is not HOST:PORT")));
+            }
+            None if !join.is_empty() && (peer_listen.ip().is_unspecified() || peer_listen.port() == 0) => {
+                return Err(wrong(
+                    "advertise-peer",
+                    format!(
+                        "is missing, and --peer-listen {peer_listen} does not say where peers reach this replica"
+                    ),
+                ));
+            }
+            None => peer_listen.to_string(),
+        };
+        let initial_cluster = match self.initial_cluster {
+            None if !join.is_empty() => BTreeMap::new(),
+            given => parse_members(&given.ok_or_else(|| {
+                wrong(
+                    "initial-cluster",
+                    "is missing (a new member of a running cluster needs --join instead)",
+                )
+            })?)?,
+        };
+        if join.is_empty() && !initial_cluster.contains_key(&id) {
             return Err(wrong("initial-cluster", format!("must name this replica too (--id {id})")));
         }
         if let Some(cluster) = &self.default_cluster {
@@ -245,6 +273,8 @@ impl Flags {
             },
             listen,
             advertise_url,
+            join,
+            advertise_peer,
             default_cluster: self.default_cluster,
             log: self.log,
         })
@@ -276,6 +306,26 @@ fn check_url(flag: &'static str, url: &str) -> Result<String, ConfigError> {
         }
         _ => Err(wrong(flag, format!("is {url:?}, which is not http://HOST:PORT"))),
     }
+}
+
+fn parse_join(text: &str) -> Result<Vec<String>, ConfigError> {
+    let urls: Vec<String> = text
+        .split(',')
+        .map(str::trim)
+        .filter(|url| !url.is_empty())
+        .map(|url| check_url("join", url))
+        .collect::<Result<_, _>>()?;
+    if urls.is_empty() || urls.len() > JOIN_URLS_MAX {
+        return Err(wrong("join", format!("has {} URLs, but must have 1 to {JOIN_URLS_MAX}", urls.len())));
+    }
+    Ok(urls)
+}
+
+fn is_host_port(addr: &str) -> bool {
+    addr.len() <= raft_store::PEER_ADDR_BYTES_MAX
+        && addr
+            .rsplit_once(':')
+            .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0))
 }
 
 pub(crate) fn parse_members(text: &str) -> Result<BTreeMap<u64, String>, ConfigError> {
@@ -343,6 +393,10 @@ mod tests {
         assert_eq!(settings.store.lease.unwrap().expiry_ms, 4_000);
         assert_eq!(settings.store.election_timeout_ms, 200);
         assert!(complete(&[]).unwrap().store.lease.is_none());
+        let joining = complete(&["no--initial-cluster", "--join=http://a:1/, http://b:2"]).unwrap();
+        assert_eq!(joining.join, ["http://a:1", "http://b:2"]);
+        assert_eq!(joining.advertise_peer, "127.0.0.1:7201");
+        assert!(joining.store.initial_cluster.is_empty());
     }
 
     #[test]
@@ -361,7 +415,10 @@ mod tests {
             (&["--initial-cluster=1=a:1,2=a:1"], "initial-cluster"),
             (&["--initial-cluster=x=a:1"], "initial-cluster"),
             (&["--initial-cluster="], "initial-cluster"),
-            (&["no--initial-cluster", "--join=http://a:1"], "join"),
+            (&["no--initial-cluster", "--join=nonsense"], "join"),
+            (&["no--initial-cluster", "--join=,"], "join"),
+            (&["no--initial-cluster", "--join=http://a:1", "--peer-listen=0.0.0.0:7201"], "advertise-peer"),
+            (&["--advertise-peer=a"], "advertise-peer"),
             (&["--listen=0.0.0.0:1"], "advertise-url"),
             (&["--advertise-url=ftp://a"], "advertise-url"),
             (&["--default-cluster=a b"], "default-cluster"),

@@ -35,6 +35,7 @@ fn log_filter(settings: &Settings) -> Result<EnvFilter, String> {
 }
 
 fn restore(flags: RestoreFlags) -> ExitCode {
+    raise_open_files();
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -52,6 +53,16 @@ fn restore(flags: RestoreFlags) -> ExitCode {
             complain(&error);
             ExitCode::from(if error.is_wrong_use() { WRONG_USE } else { FAILED })
         }
+    }
+}
+
+/// Takes all the open files that the system lets us have: each drone and client needs one, and a shell gives 1,024.
+fn raise_open_files() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of open files can't be raised; more than some hundred drones may not fit");
     }
 }
 

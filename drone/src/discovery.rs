@@ -2,13 +2,13 @@
 
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
-use std::collections::BTreeMap;
+use holdfast_wire::http::{ClusterInfo, LEADER_HEADER, MEMBERS_HEADER};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 use tracing::debug;
 
-/// Names the leader's URL in every answer of a controller.
-pub const LEADER_HEADER: &str = "x-holdfast-leader";
 /// Most controllers that are remembered.
 pub const CONTROLLERS_MAX: usize = 32;
 /// A controller that could not be used is asked last for this long.
@@ -42,6 +42,9 @@ pub struct Discovery {
     /// The latest that was named as leader.
     leader: Option<String>,
     avoided: BTreeMap<String, Instant>,
+    /// The members as a controller told them, and the number of that membership: when those of the configuration are
+    /// gone, this is how others are found.
+    members: Mutex<(u64, Vec<String>)>,
 }
 
 impl Discovery {
@@ -53,7 +56,7 @@ impl Discovery {
             .redirect(reqwest::redirect::Policy::none())
             .no_proxy()
             .build()?;
-        Ok(Self { http, configured, leader: None, avoided: BTreeMap::new() })
+        Ok(Self { http, configured, leader: None, avoided: BTreeMap::new(), members: Mutex::default() })
     }
 
     /// A controller that could not be used: others first, for a while.
@@ -72,13 +75,9 @@ impl Discovery {
     /// Controllers to try, best first: the leader, then those that answer. Empty if none answers.
     pub async fn candidates(&mut self) -> Vec<String> {
         let known = &*self;
-        let others = known.configured.iter().filter(|url| known.leader.as_ref() != Some(*url));
-        let mut answers: FuturesUnordered<_> = known
-            .leader
-            .iter()
-            .chain(others)
-            .map(|url| async move { (url.clone(), known.ask(url).await) })
-            .collect();
+        let all: BTreeSet<String> = known.leader.iter().cloned().chain(known.everyone()).collect();
+        let mut answers: FuturesUnordered<_> =
+            all.into_iter().map(|url| async move { (url.clone(), known.ask(&url).await) }).collect();
         let mut answering = Vec::new();
         let mut leader = None;
         let mut end = Instant::now() + ANSWER_TIMEOUT;
@@ -112,13 +111,49 @@ impl Discovery {
     pub async fn ask(&self, url: &str) -> Option<Option<String>> {
         match self.http.get(format!("{url}/pub/health")).send().await {
             Ok(answer) => {
-                let named = answer.headers().get(LEADER_HEADER).and_then(|value| value.to_str().ok());
+                let text = |name| answer.headers().get(name).and_then(|value| value.to_str().ok());
+                if let Some(version) = text(MEMBERS_HEADER).and_then(|text| text.parse().ok()) {
+                    self.learn_members(url, version).await;
+                }
+                let named = text(LEADER_HEADER);
                 Some(named.and_then(|named| base_url(named).ok()))
             }
             Err(e) => {
                 debug!(controller = url, "does not answer: {e}");
                 None
             }
+        }
+    }
+
+    /// All controllers that are known.
+    fn everyone(&self) -> Vec<String> {
+        let members = self.members.lock().unwrap_or_else(PoisonError::into_inner);
+        let learned = members.1.iter().filter(|url| !self.configured.contains(url));
+        self.configured.iter().chain(learned).cloned().collect()
+    }
+
+    /// Asks for the members if that number is news.
+    async fn learn_members(&self, url: &str, version: u64) {
+        if version <= self.members.lock().unwrap_or_else(PoisonError::into_inner).0 {
+            return;
+        }
+        let answer = self.http.get(format!("{url}/ctrl/cluster?consistency=local")).send().await;
+        let Ok(answer) = answer else { return };
+        let Ok(info) = answer.json::<ClusterInfo>().await else { return };
+        let urls: Vec<String> = info
+            .members
+            .iter()
+            .filter_map(|member| base_url(member.url.as_deref()?).ok())
+            .take(CONTROLLERS_MAX)
+            .collect();
+        if urls.is_empty() {
+            return;
+        }
+        // One whose URL is not known yet is asked for again.
+        let version = if urls.len() == info.members.len() { version } else { 0 };
+        let mut members = self.members.lock().unwrap_or_else(PoisonError::into_inner);
+        if version == 0 || version > members.0 {
+            *members = (version.max(members.0), urls);
         }
     }
 

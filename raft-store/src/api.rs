@@ -1,6 +1,7 @@
 //! What the rest of Holdfast sees of a replica: no openraft and no RocksDB type appears here.
 
 use crate::state_db::StateHandle;
+use bincode::{Decode, Encode};
 use holdfast_core::outcome::Outcome;
 use holdfast_core::view::View;
 use holdfast_wire::LeaseConfig;
@@ -19,7 +20,7 @@ pub struct StoreConfig {
     pub peer_listen: SocketAddr,
     /// Where clients reach this replica's HTTP API; told to the peers.
     pub advertise_url: String,
-    /// Members of a new cluster: id → peer address. Ignored once the replica has a log.
+    /// Members of a new cluster: id → peer address. Ignored once the replica has a log; empty for one that joins.
     pub initial_cluster: BTreeMap<u64, String>,
     /// Lease durations that the operator gave, if any: forms a new cluster with them; a formed cluster with other ones
     /// is refused.
@@ -93,6 +94,94 @@ pub struct Answer {
     pub index: u64,
     /// Cluster time of the entry, in milliseconds.
     pub cluster_time_ms: u64,
+}
+
+/// A change of the membership.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum MemberChange {
+    /// Adds a member: as a learner, which the leader makes a voter when it has caught up. Of a member: changes its address.
+    Set {
+        /// Its id, which no member ever had.
+        id: u64,
+        /// Its peer address, `HOST:PORT`; it must answer there.
+        peer_addr: String,
+        /// The member asks itself and has an empty disk: it must not be a voter, which would have lost it.
+        joining: bool,
+        /// Peer protocol that it speaks; 0 if that is not said.
+        protocol: u32,
+    },
+    /// Removes a member, for ever.
+    Remove {
+        /// The member.
+        id: u64,
+    },
+}
+
+/// What a member is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub enum MemberRole {
+    /// Receives the log; becomes a voter when it has caught up.
+    Learner,
+    /// Votes.
+    Voter,
+    /// Is none any more.
+    Removed,
+}
+
+/// A change that was made, or was not needed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct MemberChanged {
+    /// What the member is now.
+    pub role: MemberRole,
+    /// Whether anything had to be done.
+    pub changed: bool,
+}
+
+/// A change of the membership that was not made. Only [`MemberError::OutcomeUnknown`] leaves that open.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Encode, Decode)]
+pub enum MemberError {
+    /// No leader was found in time. Try again.
+    #[error("no leader was found in time; nothing was done")]
+    NotLeader,
+    /// Made or not made. Asking again is safe.
+    #[error("the outcome is unknown: {0}; asking again is safe")]
+    OutcomeUnknown(String),
+    /// The id was that of a member that was removed.
+    #[error("id {0} belonged to a member that was removed, and no id is used twice: take a new one")]
+    IdUsed(u64),
+    /// A voter came back with an empty disk.
+    #[error(
+        "id is {0}, which is a voter, but this member's data directory is empty: what it acknowledged is lost. Remove \
+         member {0} and join under a new id"
+    )]
+    LostDisk(u64),
+    /// A field breaks a rule.
+    #[error("{field} {problem}")]
+    Invalid {
+        /// The field.
+        field: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// Never was a member.
+    #[error("there is no member {0}")]
+    NoSuchMember(u64),
+    /// One change at a time. Try again.
+    #[error("{0}; nothing was done")]
+    Busy(String),
+    /// The cluster could not go on after it.
+    #[error("{0}; nothing was done")]
+    Unsafe(String),
+    /// This replica has failed, is stopping or was removed. Ask another.
+    #[error("this replica has stopped: {0}")]
+    Stopped(String),
+}
+
+impl MemberError {
+    /// A field that breaks a rule.
+    pub(crate) fn invalid(field: &str, problem: impl Into<String>) -> Self {
+        Self::Invalid { field: field.to_owned(), problem: problem.into() }
+    }
 }
 
 /// A proposal without an answer.

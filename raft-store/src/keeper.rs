@@ -65,7 +65,7 @@ async fn look(inner: &Arc<Inner>, last_applied: &mut (u64, u64)) -> Result<(), S
     }
     let applied = inner.applied.borrow().index;
     let may_vote = inner.directory.rejoin.may_vote(applied).map_err(|e| StateError::Read(e.to_string()))?;
-    inner.raft.runtime_config().elect(may_vote);
+    inner.raft.runtime_config().elect(may_vote && inner.removed().is_none());
     if applied != last_applied.0 {
         *last_applied = (applied, boot_ms());
     }

@@ -8,7 +8,7 @@ use crate::snapshots::{SnapshotDir, Snapshots};
 use crate::state_db::StateHandle;
 use crate::types::{Applied, LogId, Response, SnapshotMeta, Stamper, StoredMembership, TypeConfig};
 use futures::{Stream, StreamExt};
-use holdfast_core::apply::{Position, apply, apply_blank};
+use holdfast_core::apply::{Position, apply, apply_blank, apply_membership};
 use holdfast_core::codec::decode;
 use holdfast_core::command::Proposal;
 use holdfast_core::kv::{Head, Txn};
@@ -138,7 +138,7 @@ impl Applier {
                 }
                 EntryPayload::Membership(m) => {
                     membership = Some(StoredMembership::new(Some(entry.log_id), m.clone()));
-                    apply_blank(&mut txn, at).map_err(io_error)?;
+                    apply_membership(&mut txn, at, m.nodes().map(|(id, _)| *id)).map_err(io_error)?;
                     Response(None)
                 }
                 EntryPayload::Blank => {
@@ -199,7 +199,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     }
 
     async fn try_create_snapshot_builder(&mut self, force: bool) -> Option<SnapshotBuilder> {
-        if !force && self.snapshots.is_held() {
+        if !force && self.applier.snapshots.is_held() {
             return None;
         }
         Some(self.get_snapshot_builder().await)

@@ -1,11 +1,12 @@
 //! The handle of a replica: opens it, forwards to the leader, waits for what is applied.
 
 use crate::api::{
-    Answer, LeaderInfo, MemberStatus, OpenError, ProposeError, ReadError, ReadPoint, ReplicaStatus,
-    StoreConfig,
+    Answer, LeaderInfo, MemberChange, MemberChanged, MemberError, MemberStatus, OpenError, ProposeError,
+    ReadError, ReadPoint, ReplicaStatus, StoreConfig,
 };
 use crate::keeper;
 use crate::log_store::LogStore;
+use crate::members;
 use crate::raft_thread::RaftThread;
 use crate::rejoin::Rejoin;
 use crate::snapshots::Snapshots;
@@ -50,6 +51,8 @@ const PROPOSALS_IN_FLIGHT_MAX: usize = 16_384;
 const EFFECTS_KEPT: usize = 4096;
 /// How long to wait for news of a leader before looking again.
 const LEADER_POLL: Duration = Duration::from_millis(50);
+/// The first such wait; it doubles. A leader that is being replaced says no for a few milliseconds.
+const LEADER_POLL_MIN: Duration = Duration::from_millis(2);
 /// How long one forwarded confirmation of a read may take before it is asked again.
 const READ_INDEX_TIMEOUT: Duration = Duration::from_millis(1000);
 /// A leader that no quorum has answered for this many election time-outs is taken to be cut off.
@@ -70,6 +73,8 @@ pub(crate) struct Inner {
     forward_clients: Mutex<HashMap<u64, (String, Arc<RpcClient>)>>,
     in_flight: Semaphore,
     pub(crate) backups: Arc<Semaphore>,
+    /// Held while the membership is changed.
+    pub(crate) changing: tokio::sync::Mutex<()>,
     snapshots: Arc<Snapshots>,
     pub(crate) log: LogStore,
     tasks: TaskTracker,
@@ -233,6 +238,7 @@ impl Store {
             forward_clients: Mutex::default(),
             in_flight: Semaphore::new(PROPOSALS_IN_FLIGHT_MAX),
             backups: crate::backup::places(),
+            changing: tokio::sync::Mutex::default(),
             snapshots: snapshots.clone(),
             log,
             tasks: TaskTracker::new(),
@@ -250,6 +256,8 @@ impl Store {
         let cancel = inner.cancel.clone();
         inner.tasks.spawn(async move { server.run(listener, cancel).await });
         inner.tasks.spawn(watch_raft(inner.clone()));
+        inner.tasks.spawn(members::run(inner.clone()));
+        inner.tasks.spawn(members::greet(inner.clone()));
         if pristine && !inner.config.initial_cluster.is_empty() {
             // Every member of a new cluster does this with the same members, and so makes the same first entry.
             match raft.initialize(members_of(&inner.config.initial_cluster)).await {
@@ -276,6 +284,7 @@ impl Store {
         let inner = &self.inner;
         let until = Instant::now() + deadline;
         let mut leader = inner.leader.subscribe();
+        let mut poll = LEADER_POLL_MIN;
         loop {
             if let Some(why) = inner.stopped() {
                 return Err(ProposeError::Stopped(why));
@@ -301,7 +310,7 @@ impl Store {
                 }
                 Err(ProposeRefusal::Overloaded) => return Err(ProposeError::Overloaded),
                 Err(ProposeRefusal::Unknown(why)) => return Err(ProposeError::OutcomeUnknown(why)),
-                Err(ProposeRefusal::NotLeader) => wait_for_change(&mut leader, left).await,
+                Err(ProposeRefusal::NotLeader) => wait_for_change(&mut leader, left, &mut poll).await,
             }
         }
     }
@@ -311,6 +320,7 @@ impl Store {
         let inner = &self.inner;
         let until = Instant::now() + deadline;
         let mut leader = inner.leader.subscribe();
+        let mut poll = LEADER_POLL_MIN;
         loop {
             if let Some(why) = inner.stopped() {
                 return Err(ReadError::Stopped(why));
@@ -329,7 +339,7 @@ impl Store {
             };
             let confirmed = tokio::time::timeout(left.min(READ_INDEX_TIMEOUT), confirm).await.ok().flatten();
             let Some(at) = confirmed else {
-                wait_for_change(&mut leader, left).await;
+                wait_for_change(&mut leader, left, &mut poll).await;
                 continue;
             };
             let left = until.saturating_duration_since(Instant::now());
@@ -444,36 +454,12 @@ impl Store {
     /// If this replica leads, hands leadership to the most advanced follower and waits for the change, at most
     /// `deadline`. Returns whether it no longer leads.
     pub async fn transfer_leadership(&self, deadline: Duration) -> bool {
-        let inner = &self.inner;
-        let me = inner.config.id;
-        let mut metrics = inner.raft.metrics();
-        let to = {
-            let now = metrics.borrow_watched();
-            if now.current_leader != Some(me) {
-                return true;
-            }
-            let voters: Vec<u64> = now.membership_config.membership().voter_ids().collect();
-            // One that has just died has as long a log as any; handing over to it would leave the cluster without a leader.
-            let recent = Duration::from_millis(inner.config.election_timeout_ms);
-            let answers = |id: &u64| {
-                let beats = now.heartbeat.as_ref();
-                let at = beats.and_then(|beats| beats.get(id).copied().flatten());
-                at.is_some_and(|at| at.into_inner().elapsed() <= recent)
-            };
-            now.replication.as_ref().and_then(|matched| {
-                matched
-                    .iter()
-                    .filter(|(id, at)| **id != me && voters.contains(id) && at.is_some() && answers(id))
-                    .max_by_key(|(_, at)| at.map(|at| at.index))
-                    .map(|(id, _)| *id)
-            })
-        };
-        let Some(to) = to else { return false };
-        if inner.raft.trigger().transfer_leader(to).await.is_err() {
-            return false;
-        }
-        let changed = metrics.wait_until(|now| now.current_leader.is_some_and(|leader| leader != me));
-        tokio::time::timeout(deadline, changed).await.is_ok_and(|changed| changed.is_ok())
+        members::hand_over(&self.inner, None, deadline).await
+    }
+
+    /// As [`Store::transfer_leadership`], to that member only.
+    pub async fn transfer_leadership_to(&self, member: u64, deadline: Duration) -> bool {
+        members::hand_over(&self.inner, Some(member), deadline).await
     }
 
     /// Stops the replica's tasks and closes its databases.
@@ -517,13 +503,23 @@ impl Inner {
     }
 }
 
-async fn wait_for_change(leader: &mut watch::Receiver<Option<LeaderInfo>>, left: Duration) {
-    let _ = tokio::time::timeout(left.min(LEADER_POLL), leader.changed()).await;
+async fn wait_for_change(
+    leader: &mut watch::Receiver<Option<LeaderInfo>>,
+    left: Duration,
+    poll: &mut Duration,
+) {
+    let _ = tokio::time::timeout(left.min(*poll), leader.changed()).await;
+    *poll = (*poll * 2).min(LEADER_POLL);
 }
 
 impl Inner {
-    fn stopped(&self) -> Option<String> {
-        if let Some(why) = self.failed.borrow().clone() {
+    /// When this replica last heard of a leader, in [`boot_ms`](crate::boot_clock::boot_ms); 0 = never.
+    pub(crate) fn leader_heard_ms(&self) -> u64 {
+        self.stamper.leader_heard_boot_ms.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn stopped(&self) -> Option<String> {
+        if let Some(why) = self.failed.borrow().clone().or_else(|| self.removed()) {
             return Some(why);
         }
         self.cancel.is_cancelled().then(|| "it is stopping".to_owned())
@@ -601,7 +597,7 @@ impl Inner {
         }
     }
 
-    fn forward_client(&self, target: u64) -> Option<Arc<RpcClient>> {
+    pub(crate) fn forward_client(&self, target: u64) -> Option<Arc<RpcClient>> {
         let addr = {
             let metrics = self.raft.metrics();
             let metrics = metrics.borrow_watched();
@@ -632,6 +628,10 @@ impl Forwarded for Inner {
         self.propose_with(proposal, None, deadline).await
     }
 
+    async fn change_members_here(&self, change: MemberChange) -> Result<MemberChanged, MemberError> {
+        members::change_here(self, change).await
+    }
+
     async fn read_index_here(&self) -> Option<ReadIndexReply> {
         let linearizer = self.raft.get_read_linearizer(ReadPolicy::ReadIndex).await.ok()?;
         let log_id = *linearizer.read_log_id().log_id();
@@ -648,6 +648,9 @@ impl Forwarded for Arc<Inner> {
         deadline: Duration,
     ) -> Result<ProposedReply, ProposeRefusal> {
         Inner::propose_here(self, proposal, deadline).await
+    }
+    async fn change_members_here(&self, change: MemberChange) -> Result<MemberChanged, MemberError> {
+        Inner::change_members_here(self, change).await
     }
     async fn read_index_here(&self) -> Option<ReadIndexReply> {
         Inner::read_index_here(self).await
@@ -675,6 +678,8 @@ async fn watch_raft(inner: Arc<Inner>) {
             }
             // A leader that nobody answers can do nothing: better to look for another than to wait on it.
             let leader = now.current_leader.filter(|id| *id != inner.config.id || !inner.is_cut_off(&now));
+            // Who was removed hears of no leader any more: what it knew is out of date.
+            let leader = leader.filter(|_| inner.removed().is_none());
             let info = leader.map(|id| LeaderInfo { id, url: inner.directory.url_of(id) });
             if now.current_leader == Some(inner.config.id) && !inner.is_cut_off(&now) {
                 inner.stamper.reign_began(now.current_term);

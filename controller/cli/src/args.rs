@@ -255,6 +255,33 @@ pub(crate) enum DronesCommand {
 pub(crate) enum ClusterCommand {
     /// Show who leads, and how far each controller is
     Status,
+    /// List the controllers
+    Members,
+    /// Add a controller that runs with --join (which does it by itself), or change a controller's peer address
+    Add {
+        /// Member id: one that was never used, or the member that has moved
+        id: u64,
+        /// Where the other controllers reach it
+        #[arg(value_name = "HOST:PORT")]
+        peer_addr: String,
+        /// Wait until it votes
+        #[arg(long)]
+        wait: bool,
+        /// How long --wait waits
+        #[arg(long = "wait-timeout", value_name = "DURATION", default_value = "60s", value_parser = duration_ms)]
+        wait_timeout_ms: u64,
+    },
+    /// Remove a controller for ever; its id can't be used again
+    Remove {
+        /// Member id
+        id: u64,
+    },
+    /// Make the leader hand over
+    TransferLeader {
+        /// To this member; to whoever is best if left out
+        #[arg(long, value_name = "ID")]
+        to: Option<u64>,
+    },
 }
 
 #[derive(Debug, Subcommand)]

@@ -5,13 +5,18 @@ use crate::error::CliError;
 use crate::format::{clean, time};
 use crate::output::{Column, Out, fields, table};
 use futures::future::join_all;
-use holdfast_client::wire::http::{ClusterInfo, MemberInfo};
+use holdfast_client::wire::http::{AddMember, ClusterInfo, DrainResult, MemberInfo};
 use holdfast_client::{Client, RequestOptions};
+use std::time::Duration;
+use tokio::time::Instant;
 
 /// How long to look for a leader, in milliseconds: longer than an election takes.
 const LEADER_MS_MAX: u64 = 3_000;
 /// How long one controller may take to say how far it is, in milliseconds.
 const MEMBER_MS_MAX: u64 = 1_000;
+
+/// How often `add --wait` looks.
+const WAIT_POLL: Duration = Duration::from_millis(200);
 
 const COLUMNS: [Column; 7] = [
     Column::Right("ID"),
@@ -29,10 +34,77 @@ pub(crate) async fn run(
     command: ClusterCommand,
     out: &Out,
 ) -> Result<(), CliError> {
-    let ClusterCommand::Status = command;
+    match command {
+        ClusterCommand::Status => {}
+        ClusterCommand::Members => return members(client, urls, out).await,
+        ClusterCommand::Add { id, peer_addr, wait, wait_timeout_ms } => {
+            let wait_ms = wait.then_some(wait_timeout_ms);
+            return add(client, id, peer_addr, wait_ms, out).await;
+        }
+        ClusterCommand::Remove { id } => {
+            let done = client.remove_member(id).await?;
+            return said(out, &done, &format!("member {id} is removed; its id can't be used again"));
+        }
+        ClusterCommand::TransferLeader { to } => return transfer_leader(client, to, out).await,
+    }
     let mut info = any_view(client, urls, out).await?;
     let answers = ask_members(client, &mut info).await;
     if out.json { out.json(&info) } else { out.text(&shown(&info, &answers)) }
+}
+
+fn said<T: serde::Serialize>(out: &Out, result: &T, text: &str) -> Result<(), CliError> {
+    if out.json { out.json(result) } else { out.text(text) }
+}
+
+async fn members(client: &Client, urls: &[String], out: &Out) -> Result<(), CliError> {
+    let mut info = any_view(client, urls, out).await?;
+    let answers = ask_members(client, &mut info).await;
+    if out.json { out.json(&info.members) } else { out.text(&member_table(&info, &answers)) }
+}
+
+async fn add(
+    client: &Client,
+    id: u64,
+    peer_addr: String,
+    wait_ms: Option<u64>,
+    out: &Out,
+) -> Result<(), CliError> {
+    let member = AddMember { id, peer_addr, joining: false, protocol: 0 };
+    let mut done = client.set_member(&member).await?;
+    let until = wait_ms.map(|ms| Instant::now() + Duration::from_millis(ms));
+    while done.role == "learner" && until.is_some_and(|until| Instant::now() < until) {
+        tokio::time::sleep(WAIT_POLL).await;
+        let info = client.cluster_info().await?;
+        // A leader that does not know it yet says nothing; one that has removed it will not say "voter" any more.
+        if let Some(member) = info.members.iter().find(|member| member.id == id)
+            && matches!(member.role.as_str(), "follower" | "leader")
+        {
+            done.role = "voter".to_owned();
+        }
+    }
+    let text = match (done.role.as_str(), done.updated) {
+        ("voter", _) => format!("member {id} votes"),
+        (_, true) => format!("member {id} is added; it votes as soon as it has caught up"),
+        (_, false) => format!("member {id} was added already; it votes as soon as it has caught up"),
+    };
+    said(out, &done, &text)
+}
+
+async fn transfer_leader(client: &Client, to: Option<u64>, out: &Out) -> Result<(), CliError> {
+    let info = client.cluster_info().await?;
+    let Some(url) = leader_of(&info).and_then(|leader| leader.url.clone()) else {
+        return Err(CliError::Usage("nobody is known to lead now; try again".to_owned()));
+    };
+    if to.is_some() && to == info.leader {
+        return said(out, &DrainResult { updated: false }, "it leads already");
+    }
+    let updated = client.transfer_leader_at(&url, to).await?;
+    let text = if updated {
+        "leadership was handed over"
+    } else {
+        "leadership was not handed over: no other voter answers"
+    };
+    said(out, &DrainResult { updated }, text)
 }
 
 /// The leader's view; where nobody leads, what some controller last knew.
@@ -101,6 +173,10 @@ fn shown(info: &ClusterInfo, answers: &[bool]) -> String {
         ("lease", info.lease.map(|lease| lease.to_string()).unwrap_or_default()),
         ("checksum", format!("{:016x} at index {}", info.checksum.value, info.checksum.index)),
     ]);
+    format!("{head}\n\n{}", member_table(info, answers))
+}
+
+fn member_table(info: &ClusterInfo, answers: &[bool]) -> String {
     let number = |n: Option<u64>| n.map_or_else(|| "-".to_owned(), |n| n.to_string());
     let rows: Vec<Vec<String>> = info
         .members
@@ -118,5 +194,5 @@ fn shown(info: &ClusterInfo, answers: &[bool]) -> String {
             ]
         })
         .collect();
-    format!("{head}\n\n{}", table(&COLUMNS, &rows))
+    table(&COLUMNS, &rows)
 }

@@ -9,9 +9,9 @@ use crate::transport::{Body, Call, Reply, Transport, random_idempotency_key, wit
 use bytes::Bytes;
 use futures::Stream;
 use holdfast_wire::http::{
-    BackendInfo, BackendPage, BackendStatusMessage, ClusterInfo, ClusterState, ConnectRequest,
-    ConnectResponse, DrainResult, DroneInfo, DronePage, KeyInfo, KeyName, KeyPage, RevokeRequest,
-    StatusResponse,
+    AddMember, BackendInfo, BackendPage, BackendStatusMessage, ClusterInfo, ClusterState, ConnectRequest,
+    ConnectResponse, DrainResult, DroneInfo, DronePage, KeyInfo, KeyName, KeyPage, MemberChangeResult,
+    RevokeRequest, StatusResponse, TransferLeader,
 };
 use holdfast_wire::limits::WAIT_MS_DEFAULT;
 use holdfast_wire::{BackendStatus, TerminationKind};
@@ -242,6 +242,25 @@ impl Client {
                 Err(ClientError::BadResponse { url: reply.url, detail: "is no stream".to_owned() })
             }
         }
+    }
+
+    /// Adds a member, or changes a member's address. Asking twice does nothing the second time.
+    pub async fn set_member(&self, member: &AddMember) -> Result<MemberChangeResult, ClientError> {
+        self.run(&self.post(["ctrl", "cluster", "members"], member)?).await?.json()
+    }
+
+    /// Removes a member for ever. Asking twice does nothing the second time.
+    pub async fn remove_member(&self, id: u64) -> Result<MemberChangeResult, ClientError> {
+        let mut call = self.post_without_body(["ctrl", "cluster", "members", &id.to_string()]);
+        call.method = Method::DELETE;
+        self.run(&call).await?.json()
+    }
+
+    /// Makes the leader at `url` hand over, to `to` or to whoever is best. Tells whether it did. One attempt.
+    pub async fn transfer_leader_at(&self, url: &str, to: Option<u64>) -> Result<bool, ClientError> {
+        let call = self.post(["ctrl", "cluster", "transfer-leader"], &TransferLeader { to })?;
+        let done: DrainResult = self.transport.once(&call, &normal_url(url)?).await?.json()?;
+        Ok(done.updated)
     }
 
     /// Plane's view of a cluster's drones.

@@ -1,12 +1,15 @@
 //! Which controllers there are, and which of them to ask first. No IO in here.
 
 use crate::error::ClientError;
+use std::collections::HashMap;
 
 /// Most controllers that can be named.
 pub const URLS_MAX: usize = 64;
 /// Most further URLs learned from `x-holdfast-leader`; the oldest makes room.
 const LEARNED_URLS_MAX: usize = 16;
-/// How long a leader that could not be connected to is not preferred, in milliseconds. Without it, an advertised URL
+/// How long after one question for the members the next may be asked, in milliseconds.
+const MEMBERS_AGAIN_MS: u64 = 500;
+/// How long a controller that could not be connected to is asked last, in milliseconds. Without it, an advertised URL
 /// that only the controllers can reach would cost every request a failed attempt.
 const AVOID_MS: u64 = 5_000;
 
@@ -19,8 +22,14 @@ pub(crate) struct Targets {
     learned: Vec<String>,
     /// Who led when last heard.
     leader: Option<String>,
-    /// A leader that could not be connected to, and until when it is not preferred.
-    avoided: Option<(String, u64)>,
+    /// The members' URLs as a controller told them: how the client finds its way when those of its configuration are gone.
+    members: Vec<String>,
+    /// Number of the membership that `members` is of.
+    members_version: u64,
+    /// Not before this is another controller asked for the members.
+    members_not_before_ms: u64,
+    /// Who could not be connected to, and until when others come first.
+    avoided: HashMap<String, u64>,
     /// Index into `configured` of the one to ask when no leader is known.
     cursor: usize,
 }
@@ -60,27 +69,62 @@ impl Targets {
         } else if configured.len() > URLS_MAX {
             format!("is one of {}; at most {URLS_MAX} are allowed", configured.len())
         } else {
-            return Ok(Self { configured, learned: Vec::new(), leader: None, avoided: None, cursor: 0 });
+            return Ok(Self {
+                configured,
+                learned: Vec::new(),
+                leader: None,
+                members: Vec::new(),
+                members_version: 0,
+                members_not_before_ms: 0,
+                avoided: HashMap::new(),
+                cursor: 0,
+            });
         };
         Err(ClientError::BadUrl { url: urls.first().cloned().unwrap_or_default(), problem })
     }
 
-    /// Everyone, in the order in which to ask: the leader, the configured ones from the cursor on, the learned ones.
+    /// Everyone, in the order in which to ask: the leader, the configured ones from the cursor on, the members, the learned
+    /// ones; those that could not be connected to lately come last.
     pub(crate) fn order(&self, now_ms: u64) -> Vec<String> {
-        let mut order: Vec<String> = Vec::with_capacity(self.configured.len() + self.learned.len());
-        let avoided = self.avoided.as_ref().filter(|(_, until_ms)| now_ms < *until_ms).map(|(url, _)| url);
+        let mut order: Vec<String> =
+            Vec::with_capacity(self.configured.len() + self.members.len() + self.learned.len());
+        let is_avoided = |url: &String| self.avoided.get(url).is_some_and(|until_ms| now_ms < *until_ms);
         if let Some(leader) = &self.leader
-            && avoided != Some(leader)
+            && !is_avoided(leader)
         {
             order.push(leader.clone());
         }
         let (before, from) = self.configured.split_at(self.cursor);
-        for url in from.iter().chain(before).chain(&self.learned) {
+        for url in from.iter().chain(before).chain(&self.members).chain(&self.learned) {
             if !order.contains(url) {
                 order.push(url.clone());
             }
         }
+        // Stable: otherwise the order stays.
+        order.sort_by_key(is_avoided);
         order
+    }
+
+    /// An answer named this number of the membership: whether to ask now for the members. If so, others don't for a while.
+    pub(crate) fn wants_members(&mut self, version: u64, now_ms: u64) -> bool {
+        let wanted = version > self.members_version && now_ms >= self.members_not_before_ms;
+        if wanted {
+            self.members_not_before_ms = now_ms.saturating_add(MEMBERS_AGAIN_MS);
+        }
+        wanted
+    }
+
+    /// The members of that number, as far as their URLs are known; `complete` if all are.
+    pub(crate) fn set_members(&mut self, version: u64, urls: &[String], complete: bool) {
+        if version < self.members_version || urls.is_empty() {
+            return;
+        }
+        self.members = urls.iter().filter_map(|url| normal_url(url).ok()).take(URLS_MAX).collect();
+        if complete {
+            self.members_version = version;
+            let members = &self.members;
+            self.learned.retain(|url| members.contains(url));
+        }
     }
 
     /// Takes in an answer of `url`. `leader` is the value of its leader header, if it had one.
@@ -88,9 +132,7 @@ impl Targets {
         if let Some(index) = self.configured.iter().position(|u| u == url) {
             self.cursor = index;
         }
-        if self.avoided.as_ref().is_some_and(|(avoided, _)| avoided == url) {
-            self.avoided = None;
-        }
+        self.avoided.remove(url);
         // A leader header that is no usable URL is no reason to fail a request that was answered.
         let Some(leader) = leader.and_then(|l| normal_url(l).ok()) else { return };
         if !self.configured.contains(&leader) && !self.learned.contains(&leader) {
@@ -106,8 +148,9 @@ impl Targets {
     pub(crate) fn failed(&mut self, url: &str, now_ms: u64) {
         if self.leader.as_deref() == Some(url) {
             self.leader = None;
-            self.avoided = Some((url.to_owned(), now_ms.saturating_add(AVOID_MS)));
         }
+        self.avoided.retain(|_, until_ms| now_ms < *until_ms);
+        self.avoided.insert(url.to_owned(), now_ms.saturating_add(AVOID_MS));
         if self.configured.get(self.cursor).is_some_and(|u| u == url) {
             self.cursor = (self.cursor + 1) % self.configured.len();
         }
@@ -170,6 +213,28 @@ mod tests {
         assert_eq!(targets.order(0)[0], format!("http://new:{}", LEARNED_URLS_MAX + 2));
         targets.answered("http://a:1", Some("not a url"));
         assert_eq!(targets.order(0).len(), 3 + LEARNED_URLS_MAX);
+    }
+
+    #[test]
+    fn members_are_found_when_all_that_was_configured_is_gone() {
+        let mut targets = three();
+        assert!(targets.wants_members(7, 0));
+        assert!(!targets.wants_members(7, MEMBERS_AGAIN_MS - 1), "somebody asks already");
+        targets.set_members(7, &["http://d:4/".into(), "http://c:3".into(), "no url".into()], true);
+        assert!(!targets.wants_members(7, 10_000) && targets.wants_members(8, 10_000));
+        for gone in ["http://a:1", "http://b:2", "http://c:3"] {
+            targets.failed(gone, 1_000);
+        }
+        assert_eq!(targets.order(1_000)[0], "http://d:4");
+        assert_eq!(targets.order(1_000).len(), 4);
+        // An older list, or one of nobody, changes nothing.
+        targets.set_members(6, &["http://e:5".into()], true);
+        targets.set_members(9, &[], true);
+        assert_eq!(targets.order(1_000)[0], "http://d:4");
+        // One that is not complete is used, and asked for again.
+        targets.set_members(9, &["http://f:6".into()], false);
+        assert!(targets.order(1_000).contains(&"http://f:6".to_owned()));
+        assert!(targets.wants_members(9, 20_000));
     }
 
     #[test]

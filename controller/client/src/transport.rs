@@ -4,12 +4,12 @@ use crate::error::ClientError;
 use crate::policy::{AttemptOutcome, Decision, Plan, RequestOptions};
 use crate::targets::Targets;
 use bytes::{Bytes, BytesMut};
-use holdfast_wire::http::{IDEMPOTENCY_HEADER, LEADER_HEADER};
+use holdfast_wire::http::{ClusterInfo, IDEMPOTENCY_HEADER, LEADER_HEADER, MEMBERS_HEADER};
 use holdfast_wire::{ApiError, ApiErrorKind};
 use reqwest::header::{CONTENT_TYPE, RETRY_AFTER};
 use reqwest::{Method, Response, Url};
 use serde::de::DeserializeOwned;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -24,6 +24,8 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
 const KEEPALIVE_PROBES: u32 = 3;
 /// A connection whose sent bytes are not acknowledged for this long is given up.
 const TCP_USER_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a controller may take to name the members.
+const MEMBERS_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long an unused connection is kept.
 const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Longest answer that is read, in bytes: a full page of the longest keys is about 5 MiB.
@@ -118,7 +120,7 @@ pub fn random_idempotency_key() -> String {
 #[derive(Debug)]
 pub(crate) struct Transport {
     http: reqwest::Client,
-    targets: Mutex<Targets>,
+    targets: Arc<Mutex<Targets>>,
     epoch: Instant,
 }
 
@@ -139,7 +141,7 @@ impl Transport {
             .pool_idle_timeout(POOL_IDLE_TIMEOUT)
             .build()
             .map_err(|error| ClientError::BadUrl { url: first_url, problem: with_causes(&error) })?;
-        Ok(Self { http, targets: Mutex::new(targets), epoch: Instant::now() })
+        Ok(Self { http, targets: Arc::new(Mutex::new(targets)), epoch: Instant::now() })
     }
 
     /// Sends `call` until something definite is known or `options` say to give up.
@@ -228,6 +230,9 @@ impl Transport {
                 Err(error) => return Attempt::Lost(with_causes(&error)),
             };
             leader = header(&response, LEADER_HEADER);
+            if let Some(version) = header(&response, MEMBERS_HEADER).and_then(|text| text.parse().ok()) {
+                self.learn_members(url, version);
+            }
             read(response, call.stream).await
         };
         let attempt = match timeout(limit, exchange).await {
@@ -235,6 +240,26 @@ impl Transport {
             Err(_) => Attempt::Lost(format!("no answer within {} ms", call.attempt_ms)),
         };
         (attempt, leader)
+    }
+
+    /// The membership of that number may be news: asks the one who said so for it, beside the requests.
+    fn learn_members(&self, url: &str, version: u64) {
+        if !self.lock_targets().wants_members(version, self.now_ms()) {
+            return;
+        }
+        let (http, targets) = (self.http.clone(), Arc::clone(&self.targets));
+        let question = format!("{url}/ctrl/cluster?consistency=local");
+        tokio::spawn(async move {
+            let answer = timeout(MEMBERS_TIMEOUT, async {
+                let body = read_bounded(http.get(question).send().await.ok()?).await.ok()?;
+                serde_json::from_slice::<ClusterInfo>(&body).ok()
+            });
+            // Without an answer the next request asks again.
+            let Ok(Some(info)) = answer.await else { return };
+            let urls: Vec<String> = info.members.iter().filter_map(|member| member.url.clone()).collect();
+            let complete = urls.len() == info.members.len();
+            targets.lock().unwrap_or_else(PoisonError::into_inner).set_members(version, &urls, complete);
+        });
     }
 
     fn request(&self, call: &Call, url: &str) -> Result<reqwest::Request, String> {

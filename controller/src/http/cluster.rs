@@ -7,7 +7,7 @@ use axum::Json;
 use axum::extract::State;
 use holdfast_wire::ApiErrorKind;
 use holdfast_wire::drone::VersionInfo;
-use holdfast_wire::http::{Checksum, ClusterInfo, DrainResult, MemberInfo, StatusResponse};
+use holdfast_wire::http::{Checksum, ClusterInfo, DrainResult, MemberInfo, StatusResponse, TransferLeader};
 use raft_store::{LeaderInfo, MemberStatus, ReplicaStatus};
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -82,14 +82,28 @@ pub async fn cluster(State(app): State<App>, query: QueryArgs) -> Result<Json<Cl
     }))
 }
 
-/// POST `/ctrl/cluster/transfer-leader`: another member takes over from this one, which must lead.
+/// POST `/ctrl/cluster/transfer-leader`, body `{to?: id}`: another member takes over from this one, which must lead.
 pub async fn transfer_leader(State(app): State<App>, write: Write) -> Result<Json<DrainResult>, Failure> {
-    write.ignored_body()?;
+    // Whatever is no object says nothing.
+    let TransferLeader { to } = if write.body.trim_ascii_start().starts_with(b"{") {
+        write.json()?
+    } else {
+        write.ignored_body()?;
+        TransferLeader::default()
+    };
     let status = app.store.status();
     if !status.is_leader {
         return Err(not_the_leader(&status));
     }
-    Ok(Json(DrainResult { updated: app.store.transfer_leadership(TRANSFER_DEADLINE).await }))
+    let updated = match to {
+        None => app.store.transfer_leadership(TRANSFER_DEADLINE).await,
+        Some(to) if to == status.id => false,
+        Some(to) if !status.members.iter().any(|member| member.id == to && member.voter) => {
+            return Err(Failure::invalid("to", format!("is {to}, which is no voter")));
+        }
+        Some(to) => app.store.transfer_leadership_to(to, TRANSFER_DEADLINE).await,
+    };
+    Ok(Json(DrainResult { updated }))
 }
 
 /// The request is not passed on: only the leader can hand over, and the caller may have meant this member.

@@ -141,7 +141,10 @@ impl IntoResponse for Failure {
             tracing::debug!(id = %body.id, kind = ?body.kind, message = %body.message, "request refused");
         }
         let mut response = (status, Json(body)).into_response();
-        if matches!(self.kind, ApiErrorKind::NoLeader | ApiErrorKind::Overloaded) {
+        if matches!(
+            self.kind,
+            ApiErrorKind::NoLeader | ApiErrorKind::Overloaded | ApiErrorKind::ChangeInProgress
+        ) {
             let after = self.retry_after_s.map_or(RETRY_AFTER_S, HeaderValue::from);
             response.headers_mut().insert(header::RETRY_AFTER, after);
         }

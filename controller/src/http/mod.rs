@@ -10,6 +10,7 @@ mod connect;
 mod drones;
 pub mod error;
 mod keys;
+mod members;
 mod snapshot;
 mod sse;
 
@@ -23,7 +24,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{any, delete, get, post};
 use error::Failure;
 use holdfast_wire::ApiErrorKind;
-use holdfast_wire::http::{LEADER_HEADER, REPLAYED_HEADER};
+use holdfast_wire::http::{LEADER_HEADER, MEMBERS_HEADER, REPLAYED_HEADER};
 
 /// All paths.
 pub fn router(app: App) -> Router {
@@ -34,6 +35,8 @@ pub fn router(app: App) -> Router {
         .route("/ctrl/status", get(cluster::status))
         .route("/ctrl/ready", get(cluster::ready))
         .route("/ctrl/cluster", get(cluster::cluster))
+        .route("/ctrl/cluster/members", post(members::set))
+        .route("/ctrl/cluster/members/{id}", delete(members::remove))
         .route("/ctrl/cluster/transfer-leader", post(cluster::transfer_leader))
         .route("/ctrl/snapshot", get(snapshot::snapshot))
         .route("/ctrl/connect", post(connect::connect))
@@ -80,6 +83,8 @@ async fn name_leader(State(app): State<App>, request: Request, next: Next) -> Re
     let url = app.store.leader().borrow().as_ref().and_then(|leader| leader.url.clone());
     if let Some(value) = url.and_then(|url| HeaderValue::from_str(&url).ok()) {
         response.headers_mut().insert(HeaderName::from_static(LEADER_HEADER), value);
+        let members = HeaderValue::from(app.store.membership_index());
+        response.headers_mut().insert(HeaderName::from_static(MEMBERS_HEADER), members);
     }
     response
 }

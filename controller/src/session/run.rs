@@ -396,6 +396,9 @@ impl Session {
         if self.heard.elapsed() > SILENCE_MAX {
             return Err(End::close(CLOSE_GO_ELSEWHERE, "the drone was silent for too long"));
         }
+        if self.app.store.removed().is_some() {
+            return Err(End::close(CLOSE_GO_ELSEWHERE, "this controller was removed from the cluster"));
+        }
         if self.app.failing_for() > FAILING_MAX {
             return Err(End::close(CLOSE_GO_ELSEWHERE, "this controller reaches no leader"));
         }

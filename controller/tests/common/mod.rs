@@ -100,6 +100,8 @@ impl Server {
             store: config.clone(),
             listen: addr,
             advertise_url: url.clone(),
+            join: Vec::new(),
+            advertise_peer: members[&id].clone(),
             default_cluster: Some(CLUSTER.to_owned()),
             log: None,
         };

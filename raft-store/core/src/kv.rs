@@ -2,7 +2,7 @@
 //!
 //! | table | key | value |
 //! | --- | --- | --- |
-//! | `meta` | `cluster`, `progress`, `restored` (and, of `raft-store` alone, `applied`, `membership`) | [`crate::records::ClusterRecord`], [`crate::records::ProgressRecord`], [`crate::records::RestoredRecord`] |
+//! | `meta` | `cluster`, `progress`, `restored`, `member_ids` (and, of `raft-store` alone, `applied`, `membership`) | [`crate::records::ClusterRecord`], [`crate::records::ProgressRecord`], [`crate::records::RestoredRecord`], [`crate::records::MemberIdsRecord`] |
 //! | `keys` | `{namespace}\0{name}` | [`crate::records::KeyRecord`] |
 //! | `key_expiry` | `{expires_at_ms: u64 BE}{namespace}\0{name}` | token, u64 BE |
 //! | `backends` | `{backend id}` | [`crate::records::BackendRecord`] |
@@ -317,6 +317,8 @@ pub mod keys {
     pub const PROGRESS: &[u8] = b"progress";
     /// `meta/restored`.
     pub const RESTORED: &[u8] = b"restored";
+    /// `meta/member_ids`.
+    pub const MEMBER_IDS: &[u8] = b"member_ids";
 
     /// `{a}\0{b}`, for `keys` (namespace, name) and `drone_names` (cluster, name).
     pub fn pair(a: &str, b: &str) -> Vec<u8> {

@@ -44,5 +44,7 @@ pub const ACTIONS_PER_READ_MAX: usize = 256;
 pub const CHECKSUM_EVERY: u64 = 64;
 /// How many published checksums are kept, so that replicas at different positions can be compared.
 pub const CHECKSUMS_KEPT: usize = 64;
+/// Most runs of successive member ids that were ever used; past it a leader takes only an id next to a used one.
+pub const MEMBER_ID_RANGES_MAX: usize = 1000;
 /// Tokens stay below 2^53, so that JSON readers that use doubles keep them exact.
 pub const TOKEN_MAX: u64 = (1 << 53) - 1;

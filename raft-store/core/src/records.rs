@@ -35,6 +35,42 @@ pub struct ProgressRecord {
     pub last_drone_id: i32,
 }
 
+/// `meta/member_ids`: every member id that a membership entry ever named, those of removed members too. An id stands for
+/// one log for ever, so none is given out twice; who is in here and not in the membership was removed.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
+pub struct MemberIdsRecord {
+    /// Ranges, both ends included, in ascending order with a gap between them.
+    ranges: Vec<(u64, u64)>,
+}
+
+impl MemberIdsRecord {
+    /// Whether the id was ever used.
+    pub fn contains(&self, id: u64) -> bool {
+        self.ranges.iter().any(|(first, last)| (*first..=*last).contains(&id))
+    }
+
+    /// Adds an id.
+    pub fn insert(&mut self, id: u64) {
+        if self.contains(id) {
+            return;
+        }
+        let at = self.ranges.partition_point(|(first, _)| *first < id);
+        self.ranges.insert(at, (id, id));
+        self.ranges.dedup_by(|next, before| {
+            let touches = before.1.checked_add(1) == Some(next.0);
+            if touches {
+                before.1 = next.1;
+            }
+            touches
+        });
+    }
+
+    /// How many ranges there are; at most [`crate::limits::MEMBER_ID_RANGES_MAX`], which the leader keeps.
+    pub fn ranges(&self) -> &[(u64, u64)] {
+        &self.ranges
+    }
+}
+
 /// `keys/{namespace}\0{name}`: a held key.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct KeyRecord {

@@ -5,7 +5,7 @@ use crate::kv::{ReadState, StateError, Table, keys};
 use crate::outcome::Holder;
 use crate::records::{
     ActionRecord, BackendHead, BackendRecord, ClusterRecord, DroneRecord, HeartbeatRecord, IdempotencyRecord,
-    KeyRecord, ProgressRecord, RestoredRecord,
+    KeyRecord, MemberIdsRecord, ProgressRecord, RestoredRecord,
 };
 use bincode::Decode;
 use holdfast_wire::KeyConfig;
@@ -63,6 +63,11 @@ impl<R: ReadState> View<R> {
     pub fn quarantine_left_ms(&self, now_ms: u64) -> Result<Option<u64>, StateError> {
         let from_ms = self.restored()?.and_then(|restored| restored.acquisitions_from_ms).unwrap_or(0);
         Ok(from_ms.checked_sub(now_ms).filter(|left_ms| *left_ms > 0))
+    }
+
+    /// Every member id that was ever used.
+    pub fn member_ids(&self) -> Result<MemberIdsRecord, StateError> {
+        Ok(read(&self.0, Table::Meta, keys::MEMBER_IDS)?.unwrap_or_default())
     }
 
     /// A held key. It may have expired: compare `expires_at_ms` with the cluster time.
@@ -140,7 +145,9 @@ impl<R: ReadState> View<R> {
             end.push(1);
             end
         });
-        let look_max = limit.saturating_mul(10);
+        // Over several namespaces the names with that prefix are apart; else they follow each other.
+        let scattered = namespace.is_none() && !prefix.is_empty();
+        let look_max = if scattered { limit.saturating_mul(10) } else { limit.saturating_add(1) };
         let rows = self.0.scan(Table::Keys, &start, end.as_deref(), look_max)?;
         let more_below = rows.len() == look_max;
         let mut found = Vec::new();

@@ -14,7 +14,7 @@ use holdfast_core::command::{Command, Proposal, Renew, RenewKey, Stamp, Sweep, S
 use holdfast_core::outcome::{Holder, Outcome, Refusal, RenewOutcome, ReportOutcome};
 use holdfast_core::records::{
     ActionRecord, BackendRecord, ClusterRecord, DroneRecord, HeartbeatRecord, IdempotencyRecord, KeyRecord,
-    PendingAction, ProgressRecord, RestoredRecord,
+    MemberIdsRecord, PendingAction, ProgressRecord, RestoredRecord,
 };
 use holdfast_wire::{BackendState, BackendStatus, KeyConfig, TerminationKind, TerminationReason};
 use proptest::prelude::*;
@@ -288,6 +288,9 @@ fn the_bytes_are_those_of_the_fixture_and_nothing_else_decodes() {
         acquisitions_from_ms: Some(1_700_000_060_000),
     };
     line(&mut out, "record", "restored", &restored);
+    let mut member_ids = MemberIdsRecord::default();
+    [3, 9, 1, 2, 4].into_iter().for_each(|id| member_ids.insert(id));
+    line(&mut out, "record", "member-ids", &member_ids);
 
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/bytes-v1.txt");
     if std::env::var_os("UPDATE_GOLDENFILES").is_some() {

@@ -7,7 +7,7 @@
 //! `renew DRONE BACKEND… [token=]` · `allow_renewal KEY` · `prevent_renewal KEY` · `revoke KEY` ·
 //! `report DRONE BACKEND STATUS… [token=]` · `ack DRONE ACTION…` · `terminate BACKEND [kind=]` ·
 //! `drain NAME` · `undrain NAME` · `revoke_tokens BACKEND USER` · `sweep [KEY INDEXED_AT TOKEN]` · `sweep_records` ·
-//! `tick` · `blank`. DRONE is an id.
+//! `tick` · `blank` · `members ID…` (a membership entry). DRONE is an id.
 //!
 //! The rest: `advance TIME` (the leader's clock), `clock TIME`, `leader TERM [own_term_only=]`, `skip ENTRIES`,
 //! `due DRONE [after=ACTION]`, `published`, `dump TABLE`. TIME is in seconds.
@@ -23,7 +23,7 @@ use holdfast_core::command::{Command, Proposal, Renew, RenewKey, Stamp, StateRep
 use holdfast_core::kv::{ReadState, Table, Writes, keys};
 use holdfast_core::outcome::{Effect, Holder, Outcome};
 use holdfast_core::records::{
-    ActionRecord, BackendRecord, DroneRecord, IdempotencyRecord, KeyRecord, PendingAction,
+    ActionRecord, BackendRecord, DroneRecord, IdempotencyRecord, KeyRecord, MemberIdsRecord, PendingAction,
 };
 use holdfast_wire::{
     BackendState, BackendStatus, KeyConfig, LeaseConfig, TerminationKind, TerminationReason,
@@ -275,6 +275,10 @@ impl World {
                         p.last_drone_id
                     )
                 }
+                Table::Meta if key == keys::MEMBER_IDS => {
+                    let used: MemberIdsRecord = decode(&value)?;
+                    format!("used member ids={:?}", used.ranges())
+                }
                 Table::Meta => {
                     let c = self.replica.view().cluster()?.ok_or("no cluster")?;
                     format!(
@@ -344,6 +348,17 @@ impl goldenscript::Runner for World {
                 self.replica.blank(self.term);
                 let p = self.replica.progress();
                 return Ok(format!("#{} {}: blank", self.replica.index, seconds(p.cluster_time_ms)));
+            }
+            "members" => {
+                let ids = rest(&mut args)
+                    .iter()
+                    .map(|id| id.parse())
+                    .collect::<std::result::Result<Vec<_>, _>>()?;
+                let before = self.replica.state.clone();
+                let writes = self.replica.members(self.term, &ids);
+                let now = seconds(self.replica.progress().cluster_time_ms);
+                let wrote = show_writes(&before, &writes)?;
+                return Ok(format!("#{} {now}: membership\n    wrote: {wrote}", self.replica.index));
             }
             "published" => {
                 let published: Vec<u64> = self.replica.progress().published.iter().map(|p| p.0).collect();

@@ -31,8 +31,14 @@ pub enum RpcError {
     NoAnswer(String),
 }
 
-/// Connects and says hello.
+/// Connects to a member, where the membership says it is or else at `addr`, and says hello.
 pub async fn connect(directory: &Directory, target: u64, addr: &str, mode: Mode) -> Result<Frames, String> {
+    let now_at = directory.standing.addr_of(target);
+    dial(directory, target, now_at.as_deref().unwrap_or(addr), mode).await
+}
+
+/// Connects to exactly that address and says hello.
+pub async fn dial(directory: &Directory, target: u64, addr: &str, mode: Mode) -> Result<Frames, String> {
     let dial = async {
         let stream = TcpStream::connect(addr).await.map_err(|e| format!("connecting to {addr}: {e}"))?;
         let mut frames = frames(stream);
@@ -55,6 +61,10 @@ pub async fn connect(directory: &Directory, target: u64, addr: &str, mode: Mode)
                 directory.compare_cluster(cluster_id.as_deref())?;
                 directory.learn(target, &url);
                 Ok(frames)
+            }
+            HelloReply::Removed => {
+                directory.standing.dismiss();
+                Err(format!("{addr} says that this member was removed from the cluster"))
             }
             HelloReply::Refused(why) => Err(format!("{addr} refused us: {why}")),
         }

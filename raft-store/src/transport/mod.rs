@@ -14,6 +14,7 @@ pub mod server;
 pub mod wire;
 
 use crate::boot_clock::boot_ms;
+use crate::members::Standing;
 use crate::rejoin::Rejoin;
 use crate::restore::is_prefix;
 use std::collections::BTreeMap;
@@ -87,6 +88,8 @@ pub struct Directory {
     pub cluster_id: Mutex<Option<String>>,
     /// Told of formed peers while this member is not formed.
     pub rejoin: Arc<Rejoin>,
+    /// Who belongs to the cluster, and where.
+    pub standing: Standing,
     urls: Mutex<BTreeMap<u64, String>>,
     changed: watch::Sender<u64>,
 }
@@ -95,7 +98,15 @@ impl Directory {
     /// A directory that knows this member only.
     pub fn new(id: u64, url: String, rejoin: Arc<Rejoin>) -> Self {
         let urls = Mutex::new(BTreeMap::from([(id, url.clone())]));
-        Self { id, url, cluster_id: Mutex::new(None), rejoin, urls, changed: watch::Sender::new(0) }
+        Self {
+            id,
+            url,
+            cluster_id: Mutex::new(None),
+            rejoin,
+            standing: Standing::default(),
+            urls,
+            changed: watch::Sender::new(0),
+        }
     }
 
     /// A peer said which cluster it belongs to. An error refuses the peer.

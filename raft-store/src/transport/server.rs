@@ -5,6 +5,7 @@ use super::wire::{
     SnapshotBegin, SnapshotHeader, SnapshotReply, StreamReply, VoteReply,
 };
 use super::{APPENDS_IN_FLIGHT_MAX, CONNECT_TIMEOUT, Directory, Frames, SNAPSHOT_STALL, frames};
+use crate::api::{MemberChange, MemberChanged, MemberError};
 use crate::incoming::{Incoming, Partial};
 use crate::snapshots::{SnapshotDir, Snapshots};
 use crate::state_machine::StateMachine;
@@ -46,6 +47,12 @@ pub trait Forwarded: Send + Sync + 'static {
         proposal: Bytes,
         deadline: Duration,
     ) -> impl Future<Output = Result<ProposedReply, ProposeRefusal>> + Send;
+
+    /// Changes the membership, if this replica leads.
+    fn change_members_here(
+        &self,
+        change: MemberChange,
+    ) -> impl Future<Output = Result<MemberChanged, MemberError>> + Send;
 
     /// Confirms leadership and says up to where a reader must have applied, if this replica leads.
     fn read_index_here(&self) -> impl Future<Output = Option<ReadIndexReply>> + Send;
@@ -116,14 +123,24 @@ impl<F: Forwarded> PeerServer<F> {
             frames.send(Bytes::from(encode(&HelloReply::Refused(why.clone())))).await?;
             return Err(io::Error::other(why));
         }
+        if hello.cluster_id.is_some() && self.directory.standing.is_gone(hello.from) {
+            frames.send(Bytes::from(encode(&HelloReply::Removed))).await?;
+            return Err(io::Error::other(format!("member {} was removed", hello.from)));
+        }
         self.directory.learn(hello.from, &hello.url);
         let welcome =
             HelloReply::Welcome { url: self.directory.url.clone(), cluster_id: self.directory.cluster_id() };
         frames.send(Bytes::from(encode(&welcome))).await?;
-        match hello.mode {
-            Mode::Rpc => self.serve_rpc(frames).await,
-            Mode::Append => self.serve_append(frames).await,
-            Mode::Snapshot => self.serve_snapshot(frames, hello.from).await,
+        let served = async {
+            match hello.mode {
+                Mode::Rpc => self.serve_rpc(frames).await,
+                Mode::Append => self.serve_append(frames).await,
+                Mode::Snapshot => self.serve_snapshot(frames, hello.from).await,
+            }
+        };
+        tokio::select! {
+            served = served => served,
+            () = self.directory.standing.until_gone(hello.from) => Ok(()),
         }
     }
 
@@ -240,6 +257,9 @@ impl<F: Forwarded> PeerServer<F> {
                 Reply::Proposed(self.forwarded.propose_here(Bytes::from(proposal), deadline).await)
             }
             Request::ReadIndex => Reply::ReadIndex(self.forwarded.read_index_here().await),
+            Request::ChangeMembers(change) => {
+                Reply::MembersChanged(self.forwarded.change_members_here(change).await)
+            }
         }
     }
 

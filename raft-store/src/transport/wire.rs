@@ -1,5 +1,6 @@
 //! Messages between peers: bincode behind a version byte ([`holdfast_core::codec`]).
 
+use crate::api::{MemberChange, MemberChanged, MemberError};
 use crate::codec::{WireLogId, WireSnapshotMeta, WireVote, decode_entry, encode_entry};
 use crate::types::{LogEntry, TypeConfig};
 use bincode::{Decode, Encode};
@@ -37,8 +38,13 @@ pub struct Hello {
 /// First frame of the one connected to.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub enum HelloReply {
-    Welcome { url: String, cluster_id: Option<String> },
+    Welcome {
+        url: String,
+        cluster_id: Option<String>,
+    },
     Refused(String),
+    /// The one who connects was removed from the cluster.
+    Removed,
 }
 
 /// A request on an rpc connection.
@@ -50,6 +56,7 @@ pub enum Request {
     Transfer { from: WireVote, to: u64, last_log_id: Option<WireLogId> },
     Propose { proposal: Vec<u8>, deadline_ms: u64 },
     ReadIndex,
+    ChangeMembers(MemberChange),
 }
 
 /// The answer to a [`Request`].
@@ -64,6 +71,7 @@ pub enum Reply {
     ReadIndex(Option<ReadIndexReply>),
     /// The peer could not handle the request.
     Failed(String),
+    MembersChanged(Result<MemberChanged, MemberError>),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]

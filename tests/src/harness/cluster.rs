@@ -319,6 +319,57 @@ impl Cluster {
             .await;
     }
 
+    /// Makes ready a controller that joins through `join`, under the next id and with an empty data directory, and gives
+    /// its index. Start it by [`Cluster::restart_controller`].
+    pub fn new_controller(&mut self, join: &[String]) -> usize {
+        let index = self.controllers.len();
+        let label = format!("controller-{}", index + 1);
+        let (listen, peer) = (self.ports.give(), self.ports.give());
+        let mut process = self.controllers[0].sibling(label.clone(), self.dir().join(format!("{label}.log")));
+        process.unset_flag("--initial-cluster");
+        for (name, value) in [
+            ("--id", (index + 1).to_string()),
+            ("--data-dir", self.dir().join(label).display().to_string()),
+            ("--listen", listen.to_string()),
+            ("--peer-listen", peer.to_string()),
+            ("--advertise-url", format!("http://{listen}")),
+            ("--join", join.join(",")),
+        ] {
+            process.set_flag(name, &value);
+        }
+        self.controllers.push(process);
+        self.addrs.push(listen);
+        index
+    }
+
+    /// Starts a new controller that joins through all that run, and waits until it votes. Gives its index.
+    pub async fn join_controller(&mut self) -> usize {
+        let running = (0..self.controllers.len()).filter(|index| self.controllers[*index].pid().is_some());
+        let urls: Vec<_> = running.map(|index| self.url(index)).collect();
+        let index = self.new_controller(&urls);
+        self.restart_controller(index);
+        self.wait_role(index, &["follower", "leader"]).await;
+        index
+    }
+
+    /// Waits until the controller at `index` has one of these roles.
+    pub async fn wait_role(&self, index: usize, roles: &[&str]) {
+        let id = index as u64 + 1;
+        wait_until(&format!("member {id} is {roles:?}"), LONG, async || {
+            let info = self.info().await;
+            match info.members.iter().find(|member| member.id == id) {
+                Some(member) if roles.contains(&member.role.as_str()) => Ok(()),
+                _ => Err((info, self.controllers[index].log_tail())),
+            }
+        })
+        .await;
+    }
+
+    /// A port that nobody uses.
+    pub fn free_addr(&mut self) -> SocketAddr {
+        self.ports.give()
+    }
+
     /// Starts a controller that does not run, on its old data and ports.
     pub fn restart_controller(&mut self, index: usize) {
         self.controllers[index].start();

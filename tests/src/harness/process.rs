@@ -77,6 +77,17 @@ impl Process {
         Self { label, program, flags, env: Vec::new(), log, child: None }
     }
 
+    /// A process like this one under another name, with flags to be changed. It does not run yet.
+    pub(super) fn sibling(&self, label: String, log: PathBuf) -> Self {
+        let (program, flags, env) = (self.program.clone(), self.flags.clone(), self.env.clone());
+        Self { label, program, flags, env, log, child: None }
+    }
+
+    /// Leaves a flag out at the next start.
+    pub fn unset_flag(&mut self, flag: &str) {
+        self.flags.retain(|(name, _)| name != flag);
+    }
+
     /// Sets a flag for the next start.
     pub fn set_flag(&mut self, flag: &str, value: &str) {
         self.flags.retain(|(name, _)| name != flag);

@@ -45,6 +45,12 @@ pub enum ApiErrorKind {
     KeyNotExpired,
     /// 503: a stated bound is reached; nothing was done.
     Overloaded,
+    /// 409: the id belongs to a member that was removed, or to a voter that is not the one who asks.
+    MemberIdUsed,
+    /// 409 with `Retry-After`: another change of the membership is under way; nothing was done.
+    ChangeInProgress,
+    /// 409: after that change of the membership the cluster could not go on; nothing was done.
+    ChangeUnsafe,
     /// 500: a fault of this controller.
     #[serde(other)]
     Other,
@@ -55,6 +61,7 @@ impl ApiErrorKind {
     pub fn http_status(self) -> u16 {
         match self {
             Self::KeyHeld | Self::KeyUnheldNoSpawnConfig | Self::BackendIdUsed | Self::KeyNotExpired => 409,
+            Self::MemberIdUsed | Self::ChangeInProgress | Self::ChangeUnsafe => 409,
             Self::NoClusterProvided | Self::InvalidRequest => 400,
             Self::NoDroneAvailable | Self::NoLeader | Self::Overloaded => 503,
             Self::NotFound => 404,

@@ -11,6 +11,8 @@ use std::net::SocketAddr;
 
 /// Response header that names the leader's URL.
 pub const LEADER_HEADER: &str = "x-holdfast-leader";
+/// Response header beside [`LEADER_HEADER`]: a number that grows when a member comes, goes or moves.
+pub const MEMBERS_HEADER: &str = "x-holdfast-members";
 /// Request header that makes any request safe to repeat.
 pub const IDEMPOTENCY_HEADER: &str = "idempotency-key";
 /// Response header, `true` when the answer is the recorded one of an earlier request with the same `Idempotency-Key`.
@@ -483,6 +485,40 @@ pub struct MemberInfo {
     pub applied: Option<u64>,
     /// Entries behind the leader, if known here.
     pub lag: Option<u64>,
+}
+
+/// POST `/ctrl/cluster/members`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AddMember {
+    /// Member id: one that no member ever had, or the member whose address changes.
+    pub id: u64,
+    /// Where its peers reach it, `HOST:PORT`.
+    pub peer_addr: String,
+    /// Said by a member that asks for itself and has an empty data directory.
+    #[serde(default)]
+    pub joining: bool,
+    /// Version of the peer protocol that it speaks; 0 if that is not said.
+    #[serde(default)]
+    pub protocol: u32,
+}
+
+/// What became of a member.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemberChangeResult {
+    /// Member id.
+    pub id: u64,
+    /// `learner`, `voter` or `removed`.
+    pub role: String,
+    /// Whether anything had to be done.
+    pub updated: bool,
+}
+
+/// POST `/ctrl/cluster/transfer-leader`. The body may be absent.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TransferLeader {
+    /// Who is to lead; whoever is best if absent.
+    #[serde(default)]
+    pub to: Option<u64>,
 }
 
 /// State checksum, comparable between replicas at the same index.

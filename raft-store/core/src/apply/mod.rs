@@ -25,10 +25,12 @@ mod sweep;
 
 pub(crate) use actions::due_actions;
 
+use crate::codec::encode;
 use crate::command::{Command, FromDrone, Proposal, Stamp};
-use crate::kv::{ReadState, StateError, Txn};
+use crate::kv::{ReadState, StateError, Table, Txn, keys};
 use crate::limits::TOGETHER_ITEMS_MAX;
 use crate::outcome::{Effect, Outcome, Refusal};
+use crate::view::View;
 use idempotency::Recall;
 use step::Step;
 
@@ -96,10 +98,28 @@ pub fn apply<R: ReadState + ?Sized>(
     Ok(Applied { outcome, replayed, effects, cluster_time_ms })
 }
 
-/// Accounts for a blank or membership entry: it moves only the running checksum.
+/// Accounts for a blank entry: it moves only the running checksum.
 pub fn apply_blank<R: ReadState + ?Sized>(txn: &mut Txn<'_, R>, at: Position) -> Result<(), StateError> {
     txn.begin_entry();
     let head = txn.take_head()?;
+    checksum::seal(txn, at, head);
+    Ok(())
+}
+
+/// Accounts for a membership entry that names these members: their ids are used from now on, for ever.
+pub fn apply_membership<R: ReadState + ?Sized>(
+    txn: &mut Txn<'_, R>,
+    at: Position,
+    ids: impl IntoIterator<Item = u64>,
+) -> Result<(), StateError> {
+    txn.begin_entry();
+    let before = View(&*txn).member_ids()?;
+    let head = txn.take_head()?;
+    let mut used = before.clone();
+    ids.into_iter().for_each(|id| used.insert(id));
+    if used != before {
+        txn.put(Table::Meta, keys::MEMBER_IDS.to_vec(), encode(&used));
+    }
     checksum::seal(txn, at, head);
     Ok(())
 }

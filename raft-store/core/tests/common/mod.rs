@@ -2,7 +2,7 @@
 
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used)]
 
-use holdfast_core::apply::{Applied, Position, apply, apply_blank};
+use holdfast_core::apply::{Applied, Position, apply, apply_blank, apply_membership};
 use holdfast_core::codec::decode;
 use holdfast_core::command::{
     Acquire, Command, FormCluster, HeartbeatItem, Idempotency, Proposal, RegisterDrone, Spawn, Stamp,
@@ -46,6 +46,16 @@ impl Replica {
         let writes = txn.into_writes();
         self.state.commit(writes.clone());
         (applied, writes)
+    }
+
+    pub fn members(&mut self, term: u64, ids: &[u64]) -> Writes {
+        self.index += 1;
+        let mut txn = Txn::new(&self.state);
+        let at = Position { term, index: self.index };
+        apply_membership(&mut txn, at, ids.iter().copied()).unwrap();
+        let writes = txn.into_writes();
+        self.state.commit(writes.clone());
+        writes
     }
 
     pub fn blank(&mut self, term: u64) {
