@@ -112,7 +112,11 @@ impl Standing {
 
     /// A peer of the same cluster says that this member was removed.
     pub fn dismiss(&self) {
-        self.dismissed.send_if_modified(|dismissed| !std::mem::replace(dismissed, true));
+        if self.dismissed.send_if_modified(|dismissed| !std::mem::replace(dismissed, true)) {
+            tracing::error!(
+                "this member was removed from the cluster and serves nobody any more; its data can be deleted"
+            );
+        }
     }
 
     /// Whether this member was removed.
@@ -554,7 +558,6 @@ fn note_who_is_gone(inner: &Inner, as_of: &mut Option<LogId>) -> Result<(), Stat
     let members: BTreeSet<u64> = membership.membership().nodes().map(|(id, _)| *id).collect();
     let gone = Gone { used, members };
     if gone.contains(inner.config.id) {
-        tracing::error!("this member was removed from the cluster; its data can be deleted");
         inner.directory.standing.dismiss();
     }
     inner.directory.standing.gone.send_replace(gone);
