@@ -2,7 +2,7 @@
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test build lint figures clean prerequisites prerequisites-test
+.PHONY: help demo test soak build lint figures clean prerequisites prerequisites-test
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,6 +17,9 @@ test: prerequisites-test lint ## everything CI checks: formatting, clippy, build
 	else \
 		set -x; $(CARGO) test --release --workspace; \
 	fi
+
+soak: build ## the tests that take minutes
+	$(CARGO) nextest run --release --workspace --run-ignored ignored-only -E 'test(power_fails)'
 
 build: prerequisites ## the three binaries, in target/release
 	$(CARGO) build --release --workspace

@@ -24,6 +24,7 @@ pub mod connect;
 pub mod http;
 pub mod hub;
 pub mod ids;
+pub mod room;
 pub mod schedule;
 pub mod serve;
 pub mod session;

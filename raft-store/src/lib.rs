@@ -36,10 +36,19 @@
 pub mod api;
 mod boot_clock;
 mod codec;
+pub mod disk;
 mod files;
+mod gauge;
+#[cfg(test)]
+mod group_commit_test;
+#[doc(hidden)]
+pub mod inspect;
 mod keeper;
+mod log_files;
 mod log_store;
+mod metrics;
 mod rejoin;
+mod scrub;
 mod snapshots;
 pub mod state_db;
 mod state_machine;
@@ -50,5 +59,7 @@ mod transport;
 mod types;
 
 pub use api::*;
+pub use gauge::{BUCKETS_US, DiskTimes};
 pub use holdfast_core as core;
+pub use metrics::StoreMetrics;
 pub use store::{PROPOSAL_BYTES_MAX, Store};

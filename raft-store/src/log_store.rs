@@ -10,6 +10,10 @@
 //! The tail in memory serves replication and apply, and always holds whatever is not yet on disk.
 
 use crate::codec::{WireLogId, WireVote, decode_entry, encode_entry};
+use crate::gauge::Gauge;
+use crate::log_files::{Wal, check_db, sync_parent};
+use crate::scrub::read_through;
+use crate::state_machine::off_the_worker;
 use crate::types::{LogEntry, LogId, Stamper, TypeConfig, Vote};
 use bytes::Bytes;
 use futures::{Stream, TryStreamExt};
@@ -91,11 +95,28 @@ impl Tail {
 }
 
 enum Op {
-    Append { rows: Vec<(u64, Vec<u8>)>, last: u64, bytes: usize, callback: IOFlushed<TypeConfig> },
-    Vote { vote: Vote, done: oneshot::Sender<io::Result<()>> },
-    Truncate { from: u64, done: oneshot::Sender<io::Result<()>> },
-    Purge { upto: LogId, done: oneshot::Sender<io::Result<()>> },
-    Committed { committed: Option<LogId> },
+    Append {
+        rows: Vec<(u64, Vec<u8>)>,
+        last: u64,
+        bytes: usize,
+        callback: IOFlushed<TypeConfig>,
+    },
+    Vote {
+        vote: Vote,
+        done: oneshot::Sender<io::Result<()>>,
+    },
+    Truncate {
+        from: u64,
+        done: oneshot::Sender<io::Result<()>>,
+    },
+    Purge {
+        upto: LogId,
+        done: Option<oneshot::Sender<io::Result<()>>>,
+    },
+    /// What had to come before a purge failed: the replica must stop.
+    Failed {
+        why: String,
+    },
     Stop,
 }
 
@@ -114,11 +135,19 @@ struct Shared {
     queue: mpsc::Sender<Op>,
     stamper: Arc<Stamper>,
     writer: Mutex<Option<std::thread::JoinHandle<()>>>,
+    before_purge: BeforePurge,
+    /// The last purge under way.
+    purger: Mutex<Option<std::thread::JoinHandle<()>>>,
+    gauge: Gauge,
 }
 
 impl Shared {
     fn tail(&self) -> MutexGuard<'_, Tail> {
         self.tail.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn purger(&self) -> MutexGuard<'_, Option<std::thread::JoinHandle<()>>> {
+        self.purger.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -171,6 +200,7 @@ impl LogStore {
         before_purge: BeforePurge,
     ) -> io::Result<Result<Self, u64>> {
         // A torn tail is what an unsynced write looks like after power loss; anything else that is damaged must stop us.
+        check_db(dir, Wal::Synced)?;
         let mut options = db_options(rocksdb::DBRecoveryMode::TolerateCorruptedTailRecords);
         options.set_write_buffer_size(64 << 20);
         options.set_max_total_wal_size(256 << 20);
@@ -180,6 +210,7 @@ impl LogStore {
             ColumnFamilyDescriptor::new(name, options)
         });
         let db = DB::open_cf_descriptors(&options, dir, cfs).map_err(io_error)?;
+        sync_parent(dir)?;
         let meta = db.cf_handle(CF_META).ok_or_else(|| io_error("the log has no meta table"))?;
         match db.get_cf(meta, KEY_MEMBER).map_err(io_error)? {
             Some(found) => {
@@ -223,8 +254,16 @@ impl LogStore {
             ..Tail::default()
         };
         let (queue, ops) = mpsc::channel();
-        let shared =
-            Arc::new(Shared { db, tail: Mutex::new(tail), queue, stamper, writer: Mutex::new(None) });
+        let shared = Arc::new(Shared {
+            db,
+            tail: Mutex::new(tail),
+            queue,
+            stamper,
+            writer: Mutex::new(None),
+            before_purge,
+            purger: Mutex::default(),
+            gauge: Gauge::default(),
+        });
         let this = Self { shared: shared.clone() };
         this.refresh_last_stamp()?;
         // The thread holds the database only weakly between batches, so that dropping the store closes it.
@@ -233,7 +272,7 @@ impl LogStore {
             let mut failed = None;
             while let Ok(first) = ops.recv() {
                 let Some(shared) = weak.upgrade() else { break };
-                if !write_batch(&shared, &ops, first, &before_purge, &mut failed) {
+                if !write_batch(&shared, &ops, first, &mut failed) {
                     break;
                 }
             }
@@ -244,6 +283,10 @@ impl LogStore {
 
     /// Stops the writer thread after everything queued so far, and waits for it.
     pub fn stop(&self) {
+        let purger = self.shared.purger().take();
+        if let Some(purger) = purger {
+            let _ = purger.join();
+        }
         let _ = self.shared.queue.send(Op::Stop);
         let writer = self.shared.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(writer) = writer {
@@ -255,6 +298,37 @@ impl LogStore {
     pub fn is_pristine(&self) -> bool {
         let tail = self.shared.tail();
         tail.last.is_none() && tail.vote.is_none()
+    }
+
+    /// How long syncs of the log take, and since when the one under way has taken.
+    pub fn gauge(&self) -> &Gauge {
+        &self.shared.gauge
+    }
+
+    /// How often RocksDB has failed in the background; after that it writes nothing, or soon will not.
+    pub fn background_errors(&self) -> u64 {
+        background_errors(&self.shared.db)
+    }
+
+    /// Reads everything that is on disk, so that every checksum is checked. See [`read_through`].
+    pub fn scrub(&self, mut pause: impl FnMut() -> bool) -> io::Result<()> {
+        let db = &self.shared.db;
+        for name in [CF_LOG, CF_META] {
+            let cf = db.cf_handle(name).ok_or_else(|| io_error(format!("the {name} table is gone")))?;
+            read_through(db, cf, &mut pause).map_err(io_error)?;
+        }
+        Ok(())
+    }
+
+    /// The entry at an index, if it is in the log.
+    pub fn entry(&self, index: u64) -> io::Result<Option<LogEntry>> {
+        Ok(self.read(index, index + 1, 1, usize::MAX)?.pop())
+    }
+
+    /// The vote, the last entry and how far the log is purged.
+    pub fn ends(&self) -> (Option<Vote>, Option<LogId>, Option<LogId>) {
+        let tail = self.shared.tail();
+        (tail.vote, tail.last, tail.purged)
     }
 
     fn send(&self, op: Op) -> io::Result<()> {
@@ -287,6 +361,16 @@ impl LogStore {
         if start >= disk_end {
             return Ok(from_memory);
         }
+        let mut entries = match off_the_worker(|| self.read_disk(start, disk_end, bytes_max))? {
+            (entries, true) => entries,
+            (entries, false) => return Ok(entries),
+        };
+        entries.append(&mut from_memory);
+        Ok(entries)
+    }
+
+    /// Reads `[start, disk_end)` from disk, and says whether the bound in bytes let it come to the end.
+    fn read_disk(&self, start: u64, disk_end: u64, bytes_max: usize) -> io::Result<(Vec<LogEntry>, bool)> {
         let cf = self.shared.db.cf_handle(CF_LOG).ok_or_else(|| io_error("the log table is gone"))?;
         let mut entries = Vec::new();
         let mut bytes = 0;
@@ -303,7 +387,7 @@ impl LogStore {
             expected = Some(index + 1);
             bytes += value.len();
             if bytes > bytes_max && !entries.is_empty() {
-                return Ok(entries);
+                return Ok((entries, false));
             }
             entries.push(decode_entry(index, &Bytes::from(value)).map_err(io_error)?);
         }
@@ -311,8 +395,7 @@ impl LogStore {
         if expected.is_some_and(|expected| expected != disk_end) {
             return Err(io_error(format!("the log has a hole before index {disk_end}")));
         }
-        entries.append(&mut from_memory);
-        Ok(entries)
+        Ok((entries, true))
     }
 
     /// Sets the stamper's last stamp to that of the last stamped entry that is in the log *now*: a truncated entry's
@@ -347,6 +430,11 @@ fn last_on_disk(db: &DB) -> io::Result<Option<LogEntry>> {
     }
 }
 
+/// See [`LogStore::background_errors`].
+pub(crate) fn background_errors(db: &DB) -> u64 {
+    db.property_int_value(rocksdb::properties::BACKGROUND_ERRORS).ok().flatten().unwrap_or(0)
+}
+
 fn check_first_after(db: &DB, purged: u64) -> io::Result<()> {
     let cf = db.cf_handle(CF_LOG).ok_or_else(|| io_error("the log table is missing"))?;
     match db.iterator_cf(cf, IteratorMode::From(&index_key(purged + 1), Direction::Forward)).next() {
@@ -357,13 +445,7 @@ fn check_first_after(db: &DB, purged: u64) -> io::Result<()> {
 }
 
 /// Writes `first` and whatever else is queued as one batch. Returns false to stop.
-fn write_batch(
-    shared: &Shared,
-    ops: &mpsc::Receiver<Op>,
-    first: Op,
-    before_purge: &BeforePurge,
-    failed: &mut Option<String>,
-) -> bool {
+fn write_batch(shared: &Shared, ops: &mpsc::Receiver<Op>, first: Op, failed: &mut Option<String>) -> bool {
     let mut bytes = first.bytes();
     let mut batch_ops = vec![first];
     while batch_ops.len() < BATCH_OPS_MAX && bytes < BATCH_BYTES_MAX {
@@ -374,7 +456,7 @@ fn write_batch(
     let result = match failed {
         // After a failed write nobody knows what is on disk: everything later fails too, and the replica stops.
         Some(error) => Err(io_error(&*error)),
-        None => commit(shared, &batch_ops, before_purge),
+        None => commit(shared, &batch_ops),
     };
     if let Err(error) = &result {
         tracing::error!(%error, "writing the log failed");
@@ -396,23 +478,20 @@ fn write_batch(
                 }
                 callback.io_completed(outcome());
             }
-            Op::Vote { done, .. } | Op::Truncate { done, .. } | Op::Purge { done, .. } => {
+            Op::Vote { done, .. } | Op::Truncate { done, .. } | Op::Purge { done: Some(done), .. } => {
                 let _ = done.send(outcome());
             }
-            Op::Committed { .. } => {}
+            Op::Purge { done: None, .. } | Op::Failed { .. } => {}
             Op::Stop => go_on = false,
         }
     }
     go_on
 }
 
-fn commit(shared: &Shared, ops: &[Op], before_purge: &BeforePurge) -> io::Result<()> {
+fn commit(shared: &Shared, ops: &[Op]) -> io::Result<()> {
     let db = &shared.db;
     let log = db.cf_handle(CF_LOG).ok_or_else(|| io_error("the log table is gone"))?;
     let meta = db.cf_handle(CF_META).ok_or_else(|| io_error("the meta table is gone"))?;
-    if ops.iter().any(|op| matches!(op, Op::Purge { .. })) {
-        before_purge()?;
-    }
     let mut batch = WriteBatch::default();
     let mut sync = false;
     for op in ops {
@@ -436,16 +515,23 @@ fn commit(shared: &Shared, ops: &[Op], before_purge: &BeforePurge) -> io::Result
                 batch.put_cf(meta, KEY_PURGED, encode(&WireLogId::from(*upto)));
                 batch.delete_range_cf(log, index_key(0), index_key(upto.index + 1));
             }
-            // Only a hint of how far the state may be rebuilt at start: it rides along unsynced.
-            Op::Committed { committed: Some(committed) } => {
-                batch.put_cf(meta, KEY_COMMITTED, encode(&WireLogId::from(*committed)));
-            }
-            Op::Committed { committed: None } => batch.delete_cf(meta, KEY_COMMITTED),
+            Op::Failed { why } => return Err(io_error(why)),
             Op::Stop => {}
         }
     }
+    // Nothing is ever written without a sync: what follows an unsynced write could reach the disk before it, and a hole
+    // in the write-ahead log could not be told from damage (see `log_files`).
+    if !sync {
+        return Ok(());
+    }
+    // Only a hint of how far the state may be rebuilt at start, so it rides along. What it covers may still be in the
+    // queue, but nothing else can be on disk in its place: a truncation is waited for.
+    if let Some(committed) = shared.tail().committed {
+        batch.put_cf(meta, KEY_COMMITTED, encode(&WireLogId::from(committed)));
+    }
     let mut options = WriteOptions::default();
-    options.set_sync(sync);
+    options.set_sync(true);
+    let _under_way = shared.gauge.begin();
     db.write_opt(batch, &options).map_err(io_error)
 }
 
@@ -527,7 +613,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 
     async fn save_committed(&mut self, committed: Option<LogId>) -> io::Result<()> {
         self.shared.tail().committed = committed;
-        self.send(Op::Committed { committed })
+        Ok(())
     }
 
     async fn read_committed(&mut self) -> io::Result<Option<LogId>> {
@@ -595,8 +681,9 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     }
 
     async fn purge(&mut self, log_id: LogId) -> io::Result<()> {
-        {
+        let goes_on = {
             let mut tail = self.shared.tail();
+            let goes_on = tail.last.is_some_and(|last| last.index >= log_id.index);
             tail.purged = tail.purged.max(Some(log_id));
             while tail.first <= log_id.index && !tail.entries.is_empty() {
                 tail.pop_front();
@@ -610,9 +697,34 @@ impl RaftLogStorage<TypeConfig> for LogStore {
                 // brought counts through the state's cluster time.
                 self.shared.stamper.last_in_log_ms.store(0, Ordering::Release);
             }
-        }
+            goes_on
+        };
+        // The state is made durable before what could rebuild it goes: away from the writer, which votes and entries wait
+        // for, and away from the task that calls this, which heartbeats wait for.
+        let this = self.clone();
         let (done, purged) = oneshot::channel();
-        self.send(Op::Purge { upto: log_id, done })?;
+        let (now, later) = if goes_on { (None, Some(done)) } else { (Some(done), None) };
+        let mut purger = self.shared.purger();
+        let earlier = purger.take();
+        let thread = std::thread::Builder::new().name("log-purger".into()).spawn(move || {
+            // In their order: how far the log is purged must never go back.
+            if let Some(earlier) = earlier {
+                let _ = earlier.join();
+            }
+            let op = match (this.shared.before_purge)() {
+                Ok(()) => Op::Purge { upto: log_id, done: now },
+                Err(error) => Op::Failed { why: format!("making the state durable failed: {error}") },
+            };
+            // It fails only when the store is being closed.
+            let _ = this.send(op);
+        })?;
+        *purger = Some(thread);
+        drop(purger);
+        if later.is_some() {
+            // Nobody needs to know when it is done: a crash before that finds more of the log, which does no harm.
+            return Ok(());
+        }
+        // A snapshot took the place of the whole log: entries that follow must not be written before the old ones are gone.
         Self::wait(purged).await
     }
 }

@@ -10,7 +10,10 @@
 
 use crate::codec::{WireLogId, WireSnapshotMeta, WireStoredMembership};
 use crate::files::{copy_or_link_dir, remove_dir_if_there, sync_dir, write_durably};
-use crate::log_store::db_options;
+use crate::gauge::Gauge;
+use crate::log_files::{Damage, Wal, check_db, sync_parent};
+use crate::log_store::{background_errors, db_options};
+use crate::scrub::read_through;
 use crate::types::{LogId, SnapshotMeta, StoredMembership};
 use holdfast_core::codec::{decode, encode};
 use holdfast_core::kv::{ReadState, Row, StateError, Table, Writes};
@@ -45,6 +48,27 @@ pub struct StateHandle {
     root: Arc<PathBuf>,
     /// Held while the state is copied or replaced: a copy must not lose the files it is linking.
     copying: Arc<Mutex<()>>,
+    gauge: Arc<Gauge>,
+}
+
+fn damaged(file: &Path, what: String) -> io::Error {
+    Damage { file: file.to_owned(), what }.into()
+}
+
+/// Numbers of the databases below `root` that were opened at least once.
+fn databases(root: &Path) -> io::Result<Vec<u64>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(root)? {
+        let entry = entry?;
+        let number = entry.file_name().to_string_lossy().strip_prefix("db-").and_then(|n| n.parse().ok());
+        if let Some(number) = number
+            && std::fs::read_dir(entry.path())?.next().is_some()
+        {
+            found.push(number);
+        }
+    }
+    found.sort_unstable();
+    Ok(found)
 }
 
 fn table_options() -> Options {
@@ -54,6 +78,7 @@ fn table_options() -> Options {
 }
 
 fn open_db(dir: &Path) -> io::Result<DB> {
+    check_db(dir, Wal::Unsynced)?;
     // The WAL of this database is not synced, so after power loss it may end early, or lack an end while its successor
     // has one. Recover the prefix without a hole; the Raft log brings the rest again.
     let mut options = db_options(rocksdb::DBRecoveryMode::PointInTime);
@@ -68,18 +93,33 @@ impl StateHandle {
     /// Opens the state below `root`, or makes an empty one.
     pub fn open(root: &Path) -> io::Result<Self> {
         std::fs::create_dir_all(root)?;
+        sync_parent(root)?;
         let pointer = root.join(POINTER);
         let number = match std::fs::read_to_string(&pointer) {
             Ok(text) => text
                 .trim()
                 .parse::<u64>()
-                .map_err(|_| io_error(format!("{} holds {text:?}, not a number", pointer.display())))?,
+                .map_err(|_| damaged(&pointer, format!("it holds {text:?}, not a number")))?,
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                return Err(damaged(&pointer, "it is not text".to_owned()));
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                if let Some(other) = databases(root)?.first() {
+                    return Err(damaged(&pointer, format!("it is missing, though there is db-{other}")));
+                }
                 write_durably(&pointer, b"1\n")?;
                 1
             }
             Err(error) => return Err(error),
         };
+        // A first start may have been cut short between the pointer and the database.
+        let there = databases(root)?;
+        if !there.contains(&number) && (number != 1 || !there.is_empty()) {
+            return Err(damaged(
+                &pointer,
+                format!("it names db-{number}, which is not there (but {there:?})"),
+            ));
+        }
         // What other directories hold was never made current, or is no longer.
         for entry in std::fs::read_dir(root)? {
             let entry = entry?;
@@ -90,8 +130,9 @@ impl StateHandle {
         }
         let dir = root.join(format!("db-{number}"));
         let db = open_db(&dir)?;
+        sync_dir(root)?;
         let current = Arc::new(RwLock::new(Arc::new(OpenDb { db, dir, number })));
-        Ok(Self { current, root: Arc::new(root.to_owned()), copying: Arc::default() })
+        Ok(Self { current, root: Arc::new(root.to_owned()), copying: Arc::default(), gauge: Arc::default() })
     }
 
     fn current(&self) -> Arc<OpenDb> {
@@ -133,7 +174,27 @@ impl StateHandle {
             batch.put_cf(meta, KEY_MEMBERSHIP, encode(&WireStoredMembership::from(membership)));
         }
         // Not synced: the log is, and it is not purged before `make_durable`.
+        let _under_way = self.gauge.begin();
         current.db.write(batch).map_err(io_error)
+    }
+
+    /// How long commits take, and since when the one under way has taken.
+    pub(crate) fn gauge(&self) -> &Gauge {
+        &self.gauge
+    }
+
+    /// How often RocksDB has failed in the background.
+    pub(crate) fn background_errors(&self) -> u64 {
+        background_errors(&self.current().db)
+    }
+
+    /// Reads everything, so that every checksum is checked. See [`read_through`].
+    pub(crate) fn scrub(&self, mut pause: impl FnMut() -> bool) -> Result<(), StateError> {
+        for table in Table::ALL {
+            let current = self.current();
+            read_through(&current.db, cf(&current.db, table)?, &mut pause).map_err(read_error)?;
+        }
+        Ok(())
     }
 
     /// Makes everything committed so far durable.
@@ -192,6 +253,18 @@ pub fn read_meta(dir: &Path) -> io::Result<SnapshotMeta> {
         None => StoredMembership::default(),
     };
     Ok(SnapshotMeta { last_log_id: applied.map(Into::into), last_membership })
+}
+
+/// Reads everything in the database in `dir`, which nobody has open, so that every checksum is checked. See
+/// [`read_through`].
+pub fn scrub_dir(dir: &Path, mut pause: impl FnMut() -> bool) -> io::Result<()> {
+    let cfs = Table::ALL.map(Table::name);
+    let db = DB::open_cf_for_read_only(&Options::default(), dir, cfs, false)
+        .map_err(|e| io_error(format!("{}: {e}", dir.display())))?;
+    for table in Table::ALL {
+        read_through(&db, cf(&db, table).map_err(io_error)?, &mut pause).map_err(io_error)?;
+    }
+    Ok(())
 }
 
 impl From<&SnapshotMeta> for WireSnapshotMeta {

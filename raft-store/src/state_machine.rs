@@ -123,7 +123,7 @@ impl StateMachine {
 }
 
 /// Runs what may wait for the disk without holding up the other tasks of this worker thread.
-fn off_the_worker<T>(work: impl FnOnce() -> T) -> T {
+pub(crate) fn off_the_worker<T>(work: impl FnOnce() -> T) -> T {
     match tokio::runtime::Handle::try_current().map(|handle| handle.runtime_flavor()) {
         Ok(tokio::runtime::RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
         // There is no other worker to hand over to.

@@ -4,7 +4,10 @@ use crate::api::{
     Answer, LeaderInfo, MemberStatus, OpenError, ProposeError, ReadError, ReadPoint, ReplicaStatus,
     StoreConfig,
 };
+use crate::disk::{self, DiskWatch};
+use crate::inspect;
 use crate::keeper;
+use crate::log_files::sync_parent;
 use crate::log_store::LogStore;
 use crate::rejoin::Rejoin;
 use crate::snapshots::Snapshots;
@@ -64,13 +67,14 @@ pub(crate) struct Inner {
     pub(crate) cancel: CancellationToken,
     pub(crate) effects: broadcast::Sender<Arc<[Effect]>>,
     pub(crate) applied: watch::Receiver<AppliedTo>,
+    pub(crate) disk: Arc<DiskWatch>,
     leader: watch::Sender<Option<LeaderInfo>>,
-    failed: watch::Sender<Option<String>>,
+    pub(crate) failed: watch::Sender<Option<String>>,
     forward_clients: Mutex<HashMap<u64, (String, Arc<RpcClient>)>>,
     in_flight: Semaphore,
-    snapshots: Arc<Snapshots>,
-    log: LogStore,
-    tasks: TaskTracker,
+    pub(crate) snapshots: Arc<Snapshots>,
+    pub(crate) log: LogStore,
+    pub(crate) tasks: TaskTracker,
     _lock: File,
 }
 
@@ -80,13 +84,15 @@ pub struct Store {
     pub(crate) inner: Arc<Inner>,
 }
 
-fn storage(what: &str, path: &Path) -> impl FnOnce(String) -> OpenError {
+pub(crate) fn storage(what: &str, path: &Path) -> impl FnOnce(String) -> OpenError {
     let what = format!("{what} ({})", path.display());
     move |error| OpenError::Storage { what, error }
 }
 
-fn lock_dir(dir: &Path) -> Result<File, OpenError> {
-    std::fs::create_dir_all(dir).map_err(|e| storage("making the data directory", dir)(e.to_string()))?;
+pub(crate) fn lock_dir(dir: &Path) -> Result<File, OpenError> {
+    std::fs::create_dir_all(dir)
+        .and_then(|()| sync_parent(dir))
+        .map_err(|e| storage("making the data directory", dir)(e.to_string()))?;
     let path = dir.join("LOCK");
     let file = File::create(&path).map_err(|e| storage("making the lock file", &path)(e.to_string()))?;
     // SAFETY: the descriptor is open for the length of the call.
@@ -167,6 +173,8 @@ impl Store {
                     .to_owned(),
             ));
         }
+        inspect::check_ends(&log, &state, &snapshots)
+            .map_err(|e| storage("comparing log and state", &dir)(e.to_string()))?;
         let rejoin = Arc::new(
             Rejoin::open(&dir).map_err(|e| storage("reading the data directory", &dir)(e.to_string()))?,
         );
@@ -201,6 +209,7 @@ impl Store {
             cancel: CancellationToken::new(),
             effects,
             applied: applied_rx,
+            disk: DiskWatch::new(&dir),
             leader: watch::Sender::new(None),
             failed: watch::Sender::new(None),
             forward_clients: Mutex::default(),
@@ -223,6 +232,9 @@ impl Store {
         inner.tasks.spawn(async move { server.run(listener, cancel).await });
         inner.tasks.spawn(watch_raft(inner.clone()));
         inner.tasks.spawn(keeper::run(inner.clone()));
+        disk::start(&inner)
+            .and_then(|()| crate::scrub::start(&inner))
+            .map_err(|e| storage("watching the disk", &dir)(e.to_string()))?;
         if pristine && !inner.config.initial_cluster.is_empty() {
             // Every member of a new cluster does this with the same members, and so makes the same first entry.
             match raft.initialize(members_of(&inner.config.initial_cluster)).await {
@@ -254,6 +266,9 @@ impl Store {
                 return Err(ProposeError::Stopped(why));
             }
             let left = until.saturating_duration_since(Instant::now());
+            if let Some(why) = inner.no_use_waiting(left) {
+                return Err(ProposeError::Unfit(why));
+            }
             if left.is_zero() {
                 return Err(ProposeError::NoLeader);
             }
@@ -550,7 +565,7 @@ impl Inner {
         }
     }
 
-    fn forward_client(&self, target: u64) -> Option<Arc<RpcClient>> {
+    pub(crate) fn forward_client(&self, target: u64) -> Option<Arc<RpcClient>> {
         let addr = {
             let metrics = self.raft.metrics();
             let metrics = metrics.borrow_watched();
@@ -575,18 +590,29 @@ impl Forwarded for Inner {
         deadline: Duration,
     ) -> Result<ProposedReply, ProposeRefusal> {
         // The first command of a cluster forms it, and anchors its time; nothing may come before.
-        if !self.formed.load(Ordering::Acquire) || self.is_cut_off(&self.raft.metrics().borrow_watched()) {
+        if !self.formed.load(Ordering::Acquire)
+            || !self.disk.may_lead()
+            || self.is_cut_off(&self.raft.metrics().borrow_watched())
+        {
             return Err(ProposeRefusal::NotLeader);
         }
         self.propose_with(proposal, None, deadline).await
     }
 
     async fn read_index_here(&self) -> Option<ReadIndexReply> {
+        if self.disk.is_stuck() {
+            return None;
+        }
         let linearizer = self.raft.get_read_linearizer(ReadPolicy::ReadIndex).await.ok()?;
         let log_id = *linearizer.read_log_id().log_id();
         let term = self.raft.metrics().borrow_watched().current_term;
         let now_ms = self.stamper.now_ms(term).unwrap_or(0).max(self.applied.borrow().cluster_time_ms);
         Some(ReadIndexReply { index: log_id.index, term, now_ms })
+    }
+
+    fn may_lead(&self) -> bool {
+        let applied = self.applied.borrow().index;
+        self.disk.may_lead() && self.directory.rejoin.may_vote(applied).unwrap_or(false)
     }
 }
 
@@ -601,12 +627,16 @@ impl Forwarded for Arc<Inner> {
     async fn read_index_here(&self) -> Option<ReadIndexReply> {
         Inner::read_index_here(self).await
     }
+    fn may_lead(&self) -> bool {
+        Inner::may_lead(self)
+    }
 }
 
 /// Keeps the leader watch current and notices a failed replica.
 async fn watch_raft(inner: Arc<Inner>) {
     let mut metrics = inner.raft.metrics();
     let mut urls = inner.directory.changes();
+    let mut fitness = inner.disk.changes();
     loop {
         {
             let now = metrics.borrow_and_update();
@@ -619,7 +649,10 @@ async fn watch_raft(inner: Arc<Inner>) {
                 return;
             }
             // A leader that nobody answers can do nothing: better to look for another than to wait on it.
-            let leader = now.current_leader.filter(|id| *id != inner.config.id || !inner.is_cut_off(&now));
+            let usable = !inner.is_cut_off(&now) && !inner.disk.is_stuck();
+            let leader = now.current_leader.filter(|id| *id != inner.config.id || usable);
+            // A replica whose disk is stuck can't take note of a new leader, but it hears of one.
+            let leader = inner.directory.leader_after(now.current_term).or(leader);
             let info = leader.map(|id| LeaderInfo { id, url: inner.directory.url_of(id) });
             if now.current_leader == Some(inner.config.id) && !inner.is_cut_off(&now) {
                 inner.stamper.reign_began(now.current_term);
@@ -634,6 +667,7 @@ async fn watch_raft(inner: Arc<Inner>) {
         tokio::select! {
             changed = metrics.changed() => if changed.is_err() { return },
             _ = urls.changed() => {}
+            _ = fitness.changed() => {}
             () = tokio::time::sleep(Duration::from_millis(inner.config.election_timeout_ms)) => {}
             () = inner.cancel.cancelled() => return,
         }

@@ -18,4 +18,5 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that panics has found something")]
 
 pub mod harness;
+pub mod power;
 pub mod sim_drone;

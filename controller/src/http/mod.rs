@@ -10,6 +10,8 @@ mod connect;
 mod drones;
 pub mod error;
 mod keys;
+pub mod metrics;
+pub mod ready;
 mod sse;
 
 use crate::app::App;
@@ -31,7 +33,8 @@ pub fn router(app: App) -> Router {
         .route("/pub/b/{backend}/status", get(backends::status))
         .route("/pub/b/{backend}/status-stream", get(sse::status_stream))
         .route("/ctrl/status", get(cluster::status))
-        .route("/ctrl/ready", get(cluster::ready))
+        .route("/ctrl/ready", get(ready::ready))
+        .route("/metrics", get(metrics::metrics))
         .route("/ctrl/cluster", get(cluster::cluster))
         .route("/ctrl/cluster/transfer-leader", post(cluster::transfer_leader))
         .route("/ctrl/connect", post(connect::connect))

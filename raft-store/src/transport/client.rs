@@ -52,11 +52,16 @@ pub async fn connect(directory: &Directory, target: u64, addr: &str, mode: Mode)
             .map_err(|e| format!("greeting {addr}: {e}"))?;
         match decode::<HelloReply>(&reply).map_err(|e| format!("{addr}: {e}"))? {
             HelloReply::Welcome { url, cluster_id } => {
-                directory.compare_cluster(cluster_id.as_deref())?;
+                let compared = directory.compare_cluster(cluster_id.as_deref());
+                directory.answered(target, compared.as_ref().err().map(String::as_str));
+                compared?;
                 directory.learn(target, &url);
                 Ok(frames)
             }
-            HelloReply::Refused(why) => Err(format!("{addr} refused us: {why}")),
+            HelloReply::Refused(why) => {
+                directory.answered(target, Some(&why));
+                Err(format!("{addr} refused us: {why}"))
+            }
         }
     };
     tokio::time::timeout(CONNECT_TIMEOUT, dial)

@@ -48,6 +48,9 @@ pub trait Forwarded: Send + Sync + 'static {
 
     /// Confirms leadership and says up to where a reader must have applied, if this replica leads.
     fn read_index_here(&self) -> impl Future<Output = Option<ReadIndexReply>> + Send;
+
+    /// Whether this replica would be a good leader.
+    fn may_lead(&self) -> bool;
 }
 
 /// Serves the peers of one replica.
@@ -197,6 +200,7 @@ impl<F: Forwarded> PeerServer<F> {
         }
         match request {
             Request::Append(append) => {
+                self.directory.heard_leader(append.vote.term, append.vote.node);
                 self.directory.rejoin.heard_leader(append.commit.map(|at| at.index));
                 let request = match append.into_request() {
                     Ok(request) => request,
@@ -237,6 +241,7 @@ impl<F: Forwarded> PeerServer<F> {
                 Reply::Proposed(self.forwarded.propose_here(Bytes::from(proposal), deadline).await)
             }
             Request::ReadIndex => Reply::ReadIndex(self.forwarded.read_index_here().await),
+            Request::MayLead => Reply::MayLead(self.forwarded.may_lead()),
         }
     }
 
@@ -247,6 +252,7 @@ impl<F: Forwarded> PeerServer<F> {
         let reader = async {
             while let Some(frame) = stream.next().await {
                 let append: Append = decode(&frame?).map_err(io::Error::other)?;
+                self.directory.heard_leader(append.vote.term, append.vote.node);
                 self.directory.rejoin.heard_leader(append.commit.map(|at| at.index));
                 let request = append.into_request().map_err(io::Error::other)?;
                 if requests.send(request).await.is_err() {

@@ -47,9 +47,18 @@ pub enum Request {
     Append(Append),
     Vote(VoteAsk),
     PreVote(VoteAsk),
-    Transfer { from: WireVote, to: u64, last_log_id: Option<WireLogId> },
-    Propose { proposal: Vec<u8>, deadline_ms: u64 },
+    Transfer {
+        from: WireVote,
+        to: u64,
+        last_log_id: Option<WireLogId>,
+    },
+    Propose {
+        proposal: Vec<u8>,
+        deadline_ms: u64,
+    },
     ReadIndex,
+    /// Asked by a leader that wants to hand over.
+    MayLead,
 }
 
 /// The answer to a [`Request`].
@@ -64,6 +73,8 @@ pub enum Reply {
     ReadIndex(Option<ReadIndexReply>),
     /// The peer could not handle the request.
     Failed(String),
+    /// Whether the peer would be a good leader.
+    MayLead(bool),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
