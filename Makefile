@@ -19,6 +19,9 @@ test: prerequisites-test lint ## everything CI checks: formatting, clippy, build
 		set -x; $(CARGO) test --release --workspace; \
 	fi
 
+soak: build ## the tests that take minutes
+	$(CARGO) nextest run --release --workspace --run-ignored ignored-only -E 'test(power_fails)'
+
 build: prerequisites ## the three binaries, in target/release
 	$(CARGO) build --release --workspace
 

@@ -158,7 +158,7 @@ impl App {
                 *self.failing() = None;
                 self.behind().named(answer.index, Instant::now());
             }
-            Err(ProposeError::NoLeader | ProposeError::OutcomeUnknown(_)) => {
+            Err(ProposeError::NoLeader | ProposeError::OutcomeUnknown(_) | ProposeError::Unfit(_)) => {
                 let now = Instant::now();
                 self.failing().get_or_insert(Failing { first: now, last: now }).last = now;
             }

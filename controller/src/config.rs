@@ -9,6 +9,7 @@ use holdfast_wire::lease::parse_duration_ms;
 use holdfast_wire::names::check_cluster;
 use holdfast_wire::{FieldError, LeaseConfig};
 use raft_store::StoreConfig;
+use raft_store::disk::DISK_RESERVE_BYTES_DEFAULT;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -30,6 +31,8 @@ const SNAPSHOT_EVERY_MAX: u64 = 10_000_000;
 const TERMINATED_KEEP_MS_MIN: u64 = 1_000;
 /// Longest time for which terminated backends can be kept, in milliseconds (a week).
 const TERMINATED_KEEP_MS_MAX: u64 = 7 * 24 * 60 * 60 * 1000;
+/// Largest disk reserve in bytes (1 TiB).
+const DISK_RESERVE_BYTES_MAX: u64 = 1 << 40;
 /// Most members of an initial cluster.
 const MEMBERS_MAX: usize = 9;
 /// Most controllers that a joining member can be told of.
@@ -84,6 +87,10 @@ pub struct Flags {
     /// Log entries between snapshots [default: 20000]
     #[arg(long, env = "HOLDFAST_SNAPSHOT_EVERY", value_name = "ENTRIES")]
     pub snapshot_every: Option<u64>,
+    /// Disk space to keep free in the data directory; with less than that this replica does not lead: bytes, or with KiB,
+    /// MiB or GiB [default: 64MiB]
+    #[arg(long, env = "HOLDFAST_DISK_RESERVE", value_name = "SIZE")]
+    pub disk_reserve: Option<String>,
     /// What to log: error, warn, info, debug, trace, or a filter like info,raft_store=debug (RUST_LOG is read too)
     /// [default: info,openraft=error]
     #[arg(long, env = "HOLDFAST_LOG", value_name = "FILTER")]
@@ -171,6 +178,7 @@ impl Flags {
             election_timeout: self.election_timeout.or(file.election_timeout),
             terminated_keep: self.terminated_keep.or(file.terminated_keep),
             snapshot_every: self.snapshot_every.or(file.snapshot_every),
+            disk_reserve: self.disk_reserve.or(file.disk_reserve),
             log: self.log.or(file.log),
             config: self.config,
         })
@@ -259,6 +267,10 @@ impl Flags {
                 format!("is {snapshot_every}, but must be from {SNAPSHOT_EVERY_MIN} to {SNAPSHOT_EVERY_MAX}"),
             ));
         }
+        let disk_reserve_bytes = match self.disk_reserve {
+            Some(text) => parse_size("disk-reserve", &text)?,
+            None => DISK_RESERVE_BYTES_DEFAULT,
+        };
         Ok(Settings {
             store: StoreConfig {
                 id,
@@ -270,6 +282,7 @@ impl Flags {
                 terminated_keep_ms,
                 election_timeout_ms,
                 snapshot_every,
+                disk_reserve_bytes,
             },
             listen,
             advertise_url,
@@ -278,6 +291,20 @@ impl Flags {
             default_cluster: self.default_cluster,
             log: self.log,
         })
+    }
+}
+
+/// `1048576`, `1024KiB`, `1MiB` or `1GiB`, in bytes.
+fn parse_size(flag: &'static str, text: &str) -> Result<u64, ConfigError> {
+    let units = [("KiB", 10), ("MiB", 20), ("GiB", 30), ("", 0)];
+    let size = units.iter().find_map(|(unit, shift)| {
+        let number = text.trim().strip_suffix(unit)?.trim_end();
+        number.parse::<u64>().ok()?.checked_mul(1 << shift)
+    });
+    match size {
+        Some(size) if size <= DISK_RESERVE_BYTES_MAX => Ok(size),
+        Some(_) => Err(wrong(flag, format!("is {text}, but must be at most 1024GiB"))),
+        None => Err(wrong(flag, format!("is {text:?}, not a size like 64MiB"))),
     }
 }
 
@@ -400,6 +427,14 @@ mod tests {
     }
 
     #[test]
+    fn sizes_have_binary_units() {
+        let reserve =
+            |text: &str| complete(&[&format!("--disk-reserve={text}")]).unwrap().store.disk_reserve_bytes;
+        assert_eq!(complete(&[]).unwrap().store.disk_reserve_bytes, 64 << 20);
+        assert_eq!((reserve("0"), reserve("5"), reserve("3KiB"), reserve("2 GiB")), (0, 5, 3 << 10, 2 << 30));
+    }
+
+    #[test]
     fn each_wrong_setting_is_named() {
         for (args, flag) in [
             (&["no--id"][..], "id"),
@@ -427,6 +462,9 @@ mod tests {
             (&["--election-timeout=1ms"], "election-timeout"),
             (&["--snapshot-every=1"], "snapshot-every"),
             (&["--terminated-keep=1ms"], "terminated-keep"),
+            (&["--disk-reserve=64MB"], "disk-reserve"),
+            (&["--disk-reserve=-1"], "disk-reserve"),
+            (&["--disk-reserve=1025GiB"], "disk-reserve"),
         ] {
             match complete(args) {
                 Err(ConfigError::Flag { flag: named, .. }) => assert_eq!(named, flag, "{args:?}"),

@@ -26,6 +26,7 @@ pub mod hub;
 pub mod ids;
 pub mod join;
 pub mod restore;
+pub mod room;
 pub mod schedule;
 pub mod serve;
 pub mod session;

@@ -3,6 +3,7 @@
 use clap::Parser;
 use holdfast_controller::config::{Flags, Settings};
 use holdfast_controller::restore::RestoreFlags;
+use holdfast_controller::room;
 use holdfast_controller::serve::{ServeError, serve};
 use raft_store::OpenError;
 use std::io::{IsTerminal, Write};
@@ -77,6 +78,14 @@ async fn asked_to_stop() -> std::io::Result<()> {
     Ok(())
 }
 
+/// As [`asked_to_stop`]; without signals it serves until it is killed, which it survives too.
+async fn stop() {
+    if let Err(error) = asked_to_stop().await {
+        tracing::error!(%error, "signals can't be received");
+        std::future::pending::<()>().await;
+    }
+}
+
 fn main() -> ExitCode {
     // The one subcommand: everything else about this program is flags.
     if std::env::args_os().nth(1).is_some_and(|first| first == "restore") {
@@ -108,15 +117,18 @@ fn main() -> ExitCode {
             return ExitCode::from(FAILED);
         }
     };
-    let served = runtime.block_on(serve(settings, async {
-        if let Err(error) = asked_to_stop().await {
-            // Without signals it serves until it is killed, which it survives too.
-            tracing::error!(%error, "signals can't be received");
-            std::future::pending::<()>().await;
-        }
-    }));
+    let served = runtime.block_on(serve(settings.clone(), stop()));
     match served {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.is_out_of_space() => {
+            complain(&error);
+            if runtime.block_on(room::wait(&settings, &error.to_string(), stop())) {
+                let error = room::start_afresh();
+                complain(&format_args!("can't start afresh: {error}"));
+                return ExitCode::from(FAILED);
+            }
+            ExitCode::SUCCESS
+        }
         Err(error) => {
             complain(&error);
             let wrong_use = matches!(error, ServeError::Open(OpenError::Config { .. }));

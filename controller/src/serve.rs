@@ -5,6 +5,7 @@ use crate::config::Settings;
 use crate::http;
 use crate::join::{JoinError, join};
 use axum::serve::ListenerExt;
+use raft_store::disk::is_out_of_space;
 use raft_store::{OpenError, Store};
 use std::future::Future;
 use std::net::SocketAddr;
@@ -44,6 +45,17 @@ pub enum ServeError {
     /// The replica failed for good.
     #[error("this replica has failed: {0}")]
     Failed(String),
+}
+
+impl ServeError {
+    /// Whether it was for want of disk space: then waiting helps (see [`crate::room`]).
+    pub fn is_out_of_space(&self) -> bool {
+        match self {
+            Self::Failed(why) => is_out_of_space(why),
+            Self::Open(OpenError::Storage { error, .. }) => is_out_of_space(error),
+            _ => false,
+        }
+    }
 }
 
 /// Serves until `stop` resolves; then hands leadership over, lets requests finish, sends drones elsewhere and closes the

@@ -31,6 +31,8 @@ pub struct StoreConfig {
     pub election_timeout_ms: u64,
     /// Log entries between snapshots.
     pub snapshot_every: u64,
+    /// Disk space to keep free, in bytes: with less than that this replica does not lead.
+    pub disk_reserve_bytes: u64,
 }
 
 /// The replica can't be opened. Nothing was changed.
@@ -202,6 +204,9 @@ pub enum ProposeError {
     /// This replica has failed or is stopping.
     #[error("this replica has stopped: {0}")]
     Stopped(String),
+    /// Certainly not done: this replica's disk is full or stuck, and nobody else leads.
+    #[error("nothing was done: {0}")]
+    Unfit(String),
 }
 
 /// A read without an answer. Reads change nothing, so all of these can be tried again, here or elsewhere.

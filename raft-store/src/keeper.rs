@@ -65,7 +65,11 @@ async fn look(inner: &Arc<Inner>, last_applied: &mut (u64, u64)) -> Result<(), S
     }
     let applied = inner.applied.borrow().index;
     let may_vote = inner.directory.rejoin.may_vote(applied).map_err(|e| StateError::Read(e.to_string()))?;
-    inner.raft.runtime_config().elect(may_vote && inner.removed().is_none());
+    inner.raft.runtime_config().elect(may_vote && inner.removed().is_none() && inner.disk.may_lead());
+    if let Some(why) = inner.other_cluster() {
+        inner.fail(why);
+        return Ok(());
+    }
     if applied != last_applied.0 {
         *last_applied = (applied, boot_ms());
     }
@@ -74,7 +78,7 @@ async fn look(inner: &Arc<Inner>, last_applied: &mut (u64, u64)) -> Result<(), S
         let metrics = metrics.borrow_watched();
         (metrics.current_leader == Some(inner.config.id) && metrics.state.is_leader(), metrics.current_term)
     };
-    if !leads {
+    if !leads || !inner.disk.may_lead() {
         return Ok(());
     }
     if !inner.formed.load(Ordering::Acquire) {

@@ -39,16 +39,25 @@ mod boot_clock;
 #[cfg(test)]
 mod checkpoint_test;
 mod codec;
+pub mod disk;
 mod files;
+mod gauge;
+#[cfg(test)]
+mod group_commit_test;
 mod incoming;
+#[doc(hidden)]
+pub mod inspect;
 mod keeper;
+mod log_files;
 mod log_store;
 mod members;
+mod metrics;
 mod overlay;
 mod raft_thread;
 mod rejoin;
 pub mod restore;
 mod row_cache;
+mod scrub;
 mod snapshots;
 pub mod state_db;
 mod state_machine;
@@ -59,7 +68,9 @@ mod transport;
 mod types;
 
 pub use api::*;
+pub use gauge::{BUCKETS_US, DiskTimes};
 pub use holdfast_backup as backup_file;
 pub use holdfast_core as core;
 pub use members::{MEMBERS_MAX, PEER_ADDR_BYTES_MAX};
+pub use metrics::StoreMetrics;
 pub use store::{PROPOSAL_BYTES_MAX, Store};

@@ -10,6 +10,9 @@
 //! The tail in memory serves replication and apply, and always holds whatever is not yet on disk.
 
 use crate::codec::{WireLogId, WireVote, decode_entry, encode_entry};
+use crate::gauge::Gauge;
+use crate::log_files::{Wal, check_db, sync_parent};
+use crate::scrub::read_through;
 use crate::types::{LogEntry, LogId, Stamper, TypeConfig, Vote};
 use bytes::Bytes;
 use futures::{Stream, TryStreamExt};
@@ -91,11 +94,28 @@ impl Tail {
 }
 
 enum Op {
-    Append { rows: Vec<(u64, Vec<u8>)>, last: u64, bytes: usize, callback: IOFlushed<TypeConfig> },
-    Vote { vote: Vote, done: oneshot::Sender<io::Result<()>> },
-    Truncate { from: u64, done: oneshot::Sender<io::Result<()>> },
-    Purge { upto: LogId, done: oneshot::Sender<io::Result<()>> },
-    Committed { committed: Option<LogId> },
+    Append {
+        rows: Vec<(u64, Vec<u8>)>,
+        last: u64,
+        bytes: usize,
+        callback: IOFlushed<TypeConfig>,
+    },
+    Vote {
+        vote: Vote,
+        done: oneshot::Sender<io::Result<()>>,
+    },
+    Truncate {
+        from: u64,
+        done: oneshot::Sender<io::Result<()>>,
+    },
+    Purge {
+        upto: LogId,
+        done: Option<oneshot::Sender<io::Result<()>>>,
+    },
+    /// What had to come before a purge failed: the replica must stop.
+    Failed {
+        why: String,
+    },
     Stop,
 }
 
@@ -116,11 +136,19 @@ struct Shared {
     queue: mpsc::Sender<Op>,
     stamper: Arc<Stamper>,
     writer: Mutex<Option<std::thread::JoinHandle<()>>>,
+    before_purge: BeforePurge,
+    /// The last purge under way.
+    purger: Mutex<Option<std::thread::JoinHandle<()>>>,
+    gauge: Gauge,
 }
 
 impl Shared {
     fn tail(&self) -> MutexGuard<'_, Tail> {
         self.tail.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn purger(&self) -> MutexGuard<'_, Option<std::thread::JoinHandle<()>>> {
+        self.purger.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -173,6 +201,7 @@ impl LogStore {
         before_purge: BeforePurge,
     ) -> io::Result<Result<Self, u64>> {
         // A torn tail is what an unsynced write looks like after power loss; anything else that is damaged must stop us.
+        check_db(dir, Wal::Synced)?;
         let mut options = db_options(rocksdb::DBRecoveryMode::TolerateCorruptedTailRecords);
         options.set_write_buffer_size(64 << 20);
         options.set_max_total_wal_size(256 << 20);
@@ -182,6 +211,7 @@ impl LogStore {
             ColumnFamilyDescriptor::new(name, options)
         });
         let db = DB::open_cf_descriptors(&options, dir, cfs).map_err(io_error)?;
+        sync_parent(dir)?;
         let meta = db.cf_handle(CF_META).ok_or_else(|| io_error("the log has no meta table"))?;
         match db.get_cf(meta, KEY_MEMBER).map_err(io_error)? {
             Some(found) => {
@@ -232,6 +262,9 @@ impl LogStore {
             queue,
             stamper,
             writer: Mutex::new(None),
+            before_purge,
+            purger: Mutex::default(),
+            gauge: Gauge::default(),
         });
         let this = Self { shared: shared.clone() };
         this.refresh_last_stamp()?;
@@ -241,7 +274,7 @@ impl LogStore {
             let mut failed = None;
             while let Ok(first) = ops.recv() {
                 let Some(shared) = weak.upgrade() else { break };
-                if !write_batch(&shared, &ops, first, &before_purge, &mut failed) {
+                if !write_batch(&shared, &ops, first, &mut failed) {
                     break;
                 }
             }
@@ -252,6 +285,10 @@ impl LogStore {
 
     /// Stops the writer thread after everything queued so far, and waits for it.
     pub fn stop(&self) {
+        let purger = self.shared.purger().take();
+        if let Some(purger) = purger {
+            let _ = purger.join();
+        }
         let _ = self.shared.queue.send(Op::Stop);
         let writer = self.shared.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(writer) = writer {
@@ -268,6 +305,37 @@ impl LogStore {
     pub fn is_pristine(&self) -> bool {
         let tail = self.shared.tail();
         tail.last.is_none() && tail.vote.is_none()
+    }
+
+    /// How long syncs of the log take, and since when the one under way has taken.
+    pub fn gauge(&self) -> &Gauge {
+        &self.shared.gauge
+    }
+
+    /// How often RocksDB has failed in the background; after that it writes nothing, or soon will not.
+    pub fn background_errors(&self) -> u64 {
+        background_errors(&self.shared.db)
+    }
+
+    /// Reads everything that is on disk, so that every checksum is checked. See [`read_through`].
+    pub fn scrub(&self, mut pause: impl FnMut() -> bool) -> io::Result<()> {
+        let db = &self.shared.db;
+        for name in [CF_LOG, CF_META] {
+            let cf = db.cf_handle(name).ok_or_else(|| io_error(format!("the {name} table is gone")))?;
+            read_through(db, cf, &mut pause).map_err(io_error)?;
+        }
+        Ok(())
+    }
+
+    /// The entry at an index, if it is in the log.
+    pub fn entry(&self, index: u64) -> io::Result<Option<LogEntry>> {
+        Ok(self.read(index, index + 1, 1, usize::MAX)?.pop())
+    }
+
+    /// The vote, the last entry and how far the log is purged.
+    pub fn ends(&self) -> (Option<Vote>, Option<LogId>, Option<LogId>) {
+        let tail = self.shared.tail();
+        (tail.vote, tail.last, tail.purged)
     }
 
     fn send(&self, op: Op) -> io::Result<()> {
@@ -300,6 +368,36 @@ impl LogStore {
         if start >= disk_end {
             return Ok(from_memory);
         }
+        let mut entries = match self.read_disk(start, disk_end, bytes_max)? {
+            (entries, true) => entries,
+            (entries, false) => return Ok(entries),
+        };
+        entries.append(&mut from_memory);
+        Ok(entries)
+    }
+
+    /// As [`Self::read`], without holding up the caller's thread when something is on disk alone.
+    async fn read_aside(
+        &self,
+        start: u64,
+        end: u64,
+        entries_max: u64,
+        bytes_max: usize,
+    ) -> io::Result<Vec<LogEntry>> {
+        let in_memory = {
+            let tail = self.shared.tail();
+            tail.purged.map_or(start, |purged| start.max(purged.index + 1)) >= tail.first
+        };
+        if in_memory {
+            return self.read(start, end, entries_max, bytes_max);
+        }
+        let this = self.clone();
+        let reading = tokio::task::spawn_blocking(move || this.read(start, end, entries_max, bytes_max));
+        reading.await.map_err(io_error)?
+    }
+
+    /// Reads `[start, disk_end)` from disk, and says whether the bound in bytes let it come to the end.
+    fn read_disk(&self, start: u64, disk_end: u64, bytes_max: usize) -> io::Result<(Vec<LogEntry>, bool)> {
         let cf = self.shared.db.cf_handle(CF_LOG).ok_or_else(|| io_error("the log table is gone"))?;
         let mut entries = Vec::new();
         let mut bytes = 0;
@@ -316,7 +414,7 @@ impl LogStore {
             expected = Some(index + 1);
             bytes += value.len();
             if bytes > bytes_max && !entries.is_empty() {
-                return Ok(entries);
+                return Ok((entries, false));
             }
             entries.push(decode_entry(index, &Bytes::from(value)).map_err(io_error)?);
         }
@@ -324,8 +422,7 @@ impl LogStore {
         if expected.is_some_and(|expected| expected != disk_end) {
             return Err(io_error(format!("the log has a hole before index {disk_end}")));
         }
-        entries.append(&mut from_memory);
-        Ok(entries)
+        Ok((entries, true))
     }
 
     /// Sets the stamper's last stamp to that of the last stamped entry that is in the log *now*: a truncated entry's
@@ -360,6 +457,11 @@ fn last_on_disk(db: &DB) -> io::Result<Option<LogEntry>> {
     }
 }
 
+/// See [`LogStore::background_errors`].
+pub(crate) fn background_errors(db: &DB) -> u64 {
+    db.property_int_value(rocksdb::properties::BACKGROUND_ERRORS).ok().flatten().unwrap_or(0)
+}
+
 fn check_first_after(db: &DB, purged: u64) -> io::Result<()> {
     let cf = db.cf_handle(CF_LOG).ok_or_else(|| io_error("the log table is missing"))?;
     match db.iterator_cf(cf, IteratorMode::From(&index_key(purged + 1), Direction::Forward)).next() {
@@ -370,13 +472,7 @@ fn check_first_after(db: &DB, purged: u64) -> io::Result<()> {
 }
 
 /// Writes `first` and whatever else is queued as one batch. Returns false to stop.
-fn write_batch(
-    shared: &Shared,
-    ops: &mpsc::Receiver<Op>,
-    first: Op,
-    before_purge: &BeforePurge,
-    failed: &mut Option<String>,
-) -> bool {
+fn write_batch(shared: &Shared, ops: &mpsc::Receiver<Op>, first: Op, failed: &mut Option<String>) -> bool {
     let mut bytes = first.bytes();
     let mut batch_ops = vec![first];
     while batch_ops.len() < BATCH_OPS_MAX && bytes < BATCH_BYTES_MAX {
@@ -387,7 +483,7 @@ fn write_batch(
     let result = match failed {
         // After a failed write nobody knows what is on disk: everything later fails too, and the replica stops.
         Some(error) => Err(io_error(&*error)),
-        None => commit(shared, &batch_ops, before_purge),
+        None => commit(shared, &batch_ops),
     };
     if let Err(error) = &result {
         tracing::error!(%error, "writing the log failed");
@@ -409,23 +505,20 @@ fn write_batch(
                 }
                 callback.io_completed(outcome());
             }
-            Op::Vote { done, .. } | Op::Truncate { done, .. } | Op::Purge { done, .. } => {
+            Op::Vote { done, .. } | Op::Truncate { done, .. } | Op::Purge { done: Some(done), .. } => {
                 let _ = done.send(outcome());
             }
-            Op::Committed { .. } => {}
+            Op::Purge { done: None, .. } | Op::Failed { .. } => {}
             Op::Stop => go_on = false,
         }
     }
     go_on
 }
 
-fn commit(shared: &Shared, ops: &[Op], before_purge: &BeforePurge) -> io::Result<()> {
+fn commit(shared: &Shared, ops: &[Op]) -> io::Result<()> {
     let db = &shared.db;
     let log = db.cf_handle(CF_LOG).ok_or_else(|| io_error("the log table is gone"))?;
     let meta = db.cf_handle(CF_META).ok_or_else(|| io_error("the meta table is gone"))?;
-    if ops.iter().any(|op| matches!(op, Op::Purge { .. })) {
-        before_purge()?;
-    }
     let mut batch = WriteBatch::default();
     let mut sync = false;
     for op in ops {
@@ -449,16 +542,23 @@ fn commit(shared: &Shared, ops: &[Op], before_purge: &BeforePurge) -> io::Result
                 batch.put_cf(meta, KEY_PURGED, encode(&WireLogId::from(*upto)));
                 batch.delete_range_cf(log, index_key(0), index_key(upto.index + 1));
             }
-            // Only a hint of how far the state may be rebuilt at start: it rides along unsynced.
-            Op::Committed { committed: Some(committed) } => {
-                batch.put_cf(meta, KEY_COMMITTED, encode(&WireLogId::from(*committed)));
-            }
-            Op::Committed { committed: None } => batch.delete_cf(meta, KEY_COMMITTED),
+            Op::Failed { why } => return Err(io_error(why)),
             Op::Stop => {}
         }
     }
+    // Nothing is ever written without a sync: what follows an unsynced write could reach the disk before it, and a hole
+    // in the write-ahead log could not be told from damage (see `log_files`).
+    if !sync {
+        return Ok(());
+    }
+    // Only a hint of how far the state may be rebuilt at start, so it rides along. What it covers may still be in the
+    // queue, but nothing else can be on disk in its place: a truncation is waited for.
+    if let Some(committed) = shared.tail().committed {
+        batch.put_cf(meta, KEY_COMMITTED, encode(&WireLogId::from(committed)));
+    }
     let mut options = WriteOptions::default();
-    options.set_sync(sync);
+    options.set_sync(true);
+    let _under_way = shared.gauge.begin();
     db.write_opt(batch, &options).map_err(io_error)
 }
 
@@ -468,7 +568,7 @@ impl RaftLogReader<TypeConfig> for LogStore {
         range: RB,
     ) -> io::Result<Vec<LogEntry>> {
         let (start, end) = bounds(&range);
-        self.read(start, end, u64::MAX, usize::MAX)
+        self.read_aside(start, end, u64::MAX, usize::MAX).await
     }
 
     async fn read_vote(&mut self) -> io::Result<Option<Vote>> {
@@ -476,7 +576,7 @@ impl RaftLogReader<TypeConfig> for LogStore {
     }
 
     async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> io::Result<Vec<LogEntry>> {
-        let entries = self.read(start, end, READ_ENTRIES_MAX, READ_BYTES_MAX)?;
+        let entries = self.read_aside(start, end, READ_ENTRIES_MAX, READ_BYTES_MAX).await?;
         // Never a gap: what was purged meanwhile is for a snapshot to bring.
         Ok(if entries.first().is_some_and(|first| first.log_id.index == start) {
             entries
@@ -495,7 +595,7 @@ impl RaftLogReader<TypeConfig> for LogStore {
             if at >= end {
                 return Ok::<_, io::Error>(None);
             }
-            let piece = log.read(at, end, READ_ENTRIES_MAX, READ_BYTES_MAX)?;
+            let piece = log.read_aside(at, end, READ_ENTRIES_MAX, READ_BYTES_MAX).await?;
             let Some(last) = piece.last() else { return Ok(None) };
             let next = last.log_id.index + 1;
             Ok(Some((futures::stream::iter(piece.into_iter().map(Ok::<_, io::Error>)), (log, next))))
@@ -540,7 +640,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 
     async fn save_committed(&mut self, committed: Option<LogId>) -> io::Result<()> {
         self.shared.tail().committed = committed;
-        self.send(Op::Committed { committed })
+        Ok(())
     }
 
     async fn read_committed(&mut self) -> io::Result<Option<LogId>> {
@@ -605,12 +705,14 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         let (done, truncated) = oneshot::channel();
         self.send(Op::Truncate { from, done })?;
         Self::wait(truncated).await?;
-        self.refresh_last_stamp()
+        let this = self.clone();
+        tokio::task::spawn_blocking(move || this.refresh_last_stamp()).await.map_err(io_error)?
     }
 
     async fn purge(&mut self, log_id: LogId) -> io::Result<()> {
-        {
+        let goes_on = {
             let mut tail = self.shared.tail();
+            let goes_on = tail.last.is_some_and(|last| last.index >= log_id.index);
             tail.purged = tail.purged.max(Some(log_id));
             while tail.first <= log_id.index && !tail.entries.is_empty() {
                 tail.pop_front();
@@ -624,9 +726,35 @@ impl RaftLogStorage<TypeConfig> for LogStore {
                 // brought counts through the state's cluster time.
                 self.shared.stamper.last_in_log_ms.store(0, Ordering::Release);
             }
-        }
+            goes_on
+        };
+        // The state is made durable before what could rebuild it goes: away from the writer, which votes and entries wait
+        // for, and away from the task that calls this, which heartbeats wait for.
+        let this = self.clone();
         let (done, purged) = oneshot::channel();
-        self.send(Op::Purge { upto: log_id, done })?;
+        let (now, later) = if goes_on { (None, Some(done)) } else { (Some(done), None) };
+        {
+            let mut purger = self.shared.purger();
+            let earlier = purger.take();
+            let thread = std::thread::Builder::new().name("log-purger".into()).spawn(move || {
+                // In their order: how far the log is purged must never go back.
+                if let Some(earlier) = earlier {
+                    let _ = earlier.join();
+                }
+                let op = match (this.shared.before_purge)() {
+                    Ok(()) => Op::Purge { upto: log_id, done: now },
+                    Err(error) => Op::Failed { why: format!("making the state durable failed: {error}") },
+                };
+                // It fails only when the store is being closed.
+                let _ = this.send(op);
+            })?;
+            *purger = Some(thread);
+        }
+        if later.is_some() {
+            // Nobody needs to know when it is done: a crash before that finds more of the log, which does no harm.
+            return Ok(());
+        }
+        // A snapshot took the place of the whole log: entries that follow must not be written before the old ones are gone.
         Self::wait(purged).await
     }
 }

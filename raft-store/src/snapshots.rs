@@ -14,6 +14,7 @@
 
 use crate::files::{copy_or_link_dir, remove_dir_if_there, sync_dir};
 use crate::incoming::is_incoming;
+use crate::log_files::Damage;
 use crate::state_db::read_meta;
 use crate::types::SnapshotMeta;
 use std::collections::BTreeMap;
@@ -112,6 +113,13 @@ impl Snapshots {
         let current = match newest {
             Some(path) => {
                 let meta = read_meta(&path)?;
+                let index = meta.last_log_id.map_or(0, |id| id.index);
+                if path.file_name() != Some(format!("snap-{index:016}").as_ref()) {
+                    // Its write-ahead log has lost its end.
+                    let what =
+                        format!("it holds the state as of index {index}, not of the one it is named by");
+                    return Err(Damage { file: path, what }.into());
+                }
                 Some((meta, Arc::new(SnapshotDir { path, replaced: AtomicBool::new(false) })))
             }
             None => None,

@@ -11,8 +11,11 @@
 
 use crate::codec::{WireLogId, WireSnapshotMeta, WireStoredMembership};
 use crate::files::{copy_or_link_dir, remove_dir_if_there, sync_dir, write_durably};
-use crate::log_store::db_options;
+use crate::gauge::Gauge;
+use crate::log_files::{Damage, Wal, check_db, sync_parent};
+use crate::log_store::{background_errors, db_options};
 use crate::overlay::{Layer, Layers, lay_over};
+use crate::scrub::read_through;
 use crate::types::{LogId, SnapshotMeta, StoredMembership};
 use holdfast_core::codec::{decode, encode};
 use holdfast_core::kv::{ReadState, Row, StateError, Table, Writes};
@@ -60,6 +63,7 @@ struct OpenDb {
     /// Held by whoever takes a layer to the database. After an error nobody knows what the database holds, and nothing
     /// is written or committed any more.
     flushing: Mutex<Result<(), String>>,
+    gauge: Arc<Gauge>,
 }
 
 /// Cheap, cloneable read access to the applied state.
@@ -76,6 +80,7 @@ struct Shared {
     /// Wakes the flusher; dropping it ends the flusher.
     wake: Mutex<Option<SyncSender<()>>>,
     flusher: Mutex<Option<std::thread::JoinHandle<()>>>,
+    gauge: Arc<Gauge>,
 }
 
 impl Shared {
@@ -97,6 +102,26 @@ impl Drop for Shared {
     }
 }
 
+fn damaged(file: &Path, what: String) -> io::Error {
+    Damage { file: file.to_owned(), what }.into()
+}
+
+/// Numbers of the databases below `root` that were opened at least once.
+fn databases(root: &Path) -> io::Result<Vec<u64>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(root)? {
+        let entry = entry?;
+        let number = entry.file_name().to_string_lossy().strip_prefix("db-").and_then(|n| n.parse().ok());
+        if let Some(number) = number
+            && std::fs::read_dir(entry.path())?.next().is_some()
+        {
+            found.push(number);
+        }
+    }
+    found.sort_unstable();
+    Ok(found)
+}
+
 fn table_options(cache: &Cache) -> Options {
     let mut options = Options::default();
     options.set_write_buffer_size(WRITE_BUFFERS_BYTES / 4);
@@ -112,6 +137,7 @@ fn table_options(cache: &Cache) -> Options {
 }
 
 fn open_db(dir: &Path) -> io::Result<DB> {
+    check_db(dir, Wal::Unsynced)?;
     // The WAL of this database is not synced, so after power loss it may end early, or lack an end while its successor
     // has one. Recover the prefix without a hole; the Raft log brings the rest again.
     let mut options = db_options(rocksdb::DBRecoveryMode::PointInTime);
@@ -125,10 +151,10 @@ fn open_db(dir: &Path) -> io::Result<DB> {
 }
 
 impl OpenDb {
-    fn open(root: &Path, number: u64) -> io::Result<Self> {
+    fn open(root: &Path, number: u64, gauge: Arc<Gauge>) -> io::Result<Self> {
         let dir = root.join(format!("db-{number}"));
         let db = open_db(&dir)?;
-        Ok(Self { db, dir, number, layers: RwLock::default(), flushing: Mutex::new(Ok(())) })
+        Ok(Self { db, dir, number, layers: RwLock::default(), flushing: Mutex::new(Ok(())), gauge })
     }
 
     fn layers(&self) -> RwLockReadGuard<'_, Layers> {
@@ -181,6 +207,7 @@ impl OpenDb {
             batch.put_cf(meta, KEY_MEMBERSHIP, encode(&WireStoredMembership::from(membership)));
         }
         // Not synced: the log is, and it is not purged before `make_durable`.
+        let _under_way = self.gauge.begin();
         self.db.write(batch).map_err(io_error)
     }
 }
@@ -201,18 +228,33 @@ impl StateHandle {
     /// Opens the state below `root`, or makes an empty one.
     pub fn open(root: &Path) -> io::Result<Self> {
         std::fs::create_dir_all(root)?;
+        sync_parent(root)?;
         let pointer = root.join(POINTER);
         let number = match std::fs::read_to_string(&pointer) {
             Ok(text) => text
                 .trim()
                 .parse::<u64>()
-                .map_err(|_| io_error(format!("{} holds {text:?}, not a number", pointer.display())))?,
+                .map_err(|_| damaged(&pointer, format!("it holds {text:?}, not a number")))?,
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                return Err(damaged(&pointer, "it is not text".to_owned()));
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                if let Some(other) = databases(root)?.first() {
+                    return Err(damaged(&pointer, format!("it is missing, though there is db-{other}")));
+                }
                 write_durably(&pointer, b"1\n")?;
                 1
             }
             Err(error) => return Err(error),
         };
+        // A first start may have been cut short between the pointer and the database.
+        let there = databases(root)?;
+        if !there.contains(&number) && (number != 1 || !there.is_empty()) {
+            return Err(damaged(
+                &pointer,
+                format!("it names db-{number}, which is not there (but {there:?})"),
+            ));
+        }
         // What other directories hold was never made current, or is no longer.
         for entry in std::fs::read_dir(root)? {
             let entry = entry?;
@@ -222,13 +264,16 @@ impl StateHandle {
             }
         }
         let (wake, woken) = sync_channel(1);
+        let gauge = Arc::new(Gauge::default());
         let shared = Arc::new(Shared {
-            current: RwLock::new(Arc::new(OpenDb::open(root, number)?)),
+            current: RwLock::new(Arc::new(OpenDb::open(root, number, gauge.clone())?)),
             root: root.to_owned(),
             copying: Mutex::default(),
             wake: Mutex::new(Some(wake)),
             flusher: Mutex::default(),
+            gauge,
         });
+        sync_dir(root)?;
         let weak = Arc::downgrade(&shared);
         let flusher = std::thread::Builder::new()
             .name("state-flusher".into())
@@ -291,6 +336,25 @@ impl StateHandle {
         Ok(())
     }
 
+    /// How long writes to the database take, and since when the one under way has taken.
+    pub(crate) fn gauge(&self) -> &Gauge {
+        &self.shared.gauge
+    }
+
+    /// How often RocksDB has failed in the background.
+    pub(crate) fn background_errors(&self) -> u64 {
+        background_errors(&self.current().db)
+    }
+
+    /// Reads everything, so that every checksum is checked. See [`read_through`].
+    pub(crate) fn scrub(&self, mut pause: impl FnMut() -> bool) -> Result<(), StateError> {
+        for table in Table::ALL {
+            let current = self.current();
+            read_through(&current.db, cf(&current.db, table)?, &mut pause).map_err(read_error)?;
+        }
+        Ok(())
+    }
+
     /// Makes everything committed so far durable.
     pub fn make_durable(&self) -> io::Result<()> {
         let current = self.current();
@@ -319,7 +383,7 @@ impl StateHandle {
         remove_dir_if_there(&dir)?;
         copy_or_link_dir(source, &dir)?;
         sync_dir(root)?;
-        let new = OpenDb::open(root, number)?;
+        let new = OpenDb::open(root, number, self.shared.gauge.clone())?;
         write_durably(&root.join(POINTER), format!("{number}\n").as_bytes())?;
         *self.shared.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
         let old_dir = old.dir.clone();
@@ -445,6 +509,18 @@ pub fn read_meta(dir: &Path) -> io::Result<SnapshotMeta> {
         None => StoredMembership::default(),
     };
     Ok(SnapshotMeta { last_log_id: applied.map(Into::into), last_membership })
+}
+
+/// Reads everything in the database in `dir`, which nobody has open, so that every checksum is checked. See
+/// [`read_through`].
+pub fn scrub_dir(dir: &Path, mut pause: impl FnMut() -> bool) -> io::Result<()> {
+    let cfs = Table::ALL.map(Table::name);
+    let db = DB::open_cf_for_read_only(&Options::default(), dir, cfs, false)
+        .map_err(|e| io_error(format!("{}: {e}", dir.display())))?;
+    for table in Table::ALL {
+        read_through(&db, cf(&db, table).map_err(io_error)?, &mut pause).map_err(io_error)?;
+    }
+    Ok(())
 }
 
 impl From<&SnapshotMeta> for WireSnapshotMeta {

@@ -4,7 +4,10 @@ use crate::api::{
     Answer, LeaderInfo, MemberChange, MemberChanged, MemberError, MemberStatus, OpenError, ProposeError,
     ReadError, ReadPoint, ReplicaStatus, StoreConfig,
 };
+use crate::disk::{self, DiskWatch};
+use crate::inspect;
 use crate::keeper;
+use crate::log_files::sync_parent;
 use crate::log_store::LogStore;
 use crate::members;
 use crate::raft_thread::RaftThread;
@@ -68,16 +71,17 @@ pub(crate) struct Inner {
     pub(crate) cancel: CancellationToken,
     pub(crate) effects: broadcast::Sender<Arc<[Effect]>>,
     pub(crate) applied: watch::Receiver<AppliedTo>,
+    pub(crate) disk: Arc<DiskWatch>,
     leader: watch::Sender<Option<LeaderInfo>>,
-    failed: watch::Sender<Option<String>>,
+    pub(crate) failed: watch::Sender<Option<String>>,
     forward_clients: Mutex<HashMap<u64, (String, Arc<RpcClient>)>>,
     in_flight: Semaphore,
     pub(crate) backups: Arc<Semaphore>,
     /// Held while the membership is changed.
     pub(crate) changing: tokio::sync::Mutex<()>,
-    snapshots: Arc<Snapshots>,
+    pub(crate) snapshots: Arc<Snapshots>,
     pub(crate) log: LogStore,
-    tasks: TaskTracker,
+    pub(crate) tasks: TaskTracker,
     _lock: File,
 }
 
@@ -90,13 +94,15 @@ pub struct Store {
     thread: Arc<Mutex<Option<RaftThread>>>,
 }
 
-fn storage(what: &str, path: &Path) -> impl FnOnce(String) -> OpenError {
+pub(crate) fn storage(what: &str, path: &Path) -> impl FnOnce(String) -> OpenError {
     let what = format!("{what} ({})", path.display());
     move |error| OpenError::Storage { what, error }
 }
 
 pub(crate) fn lock_dir(dir: &Path) -> Result<File, OpenError> {
-    std::fs::create_dir_all(dir).map_err(|e| storage("making the data directory", dir)(e.to_string()))?;
+    std::fs::create_dir_all(dir)
+        .and_then(|()| sync_parent(dir))
+        .map_err(|e| storage("making the data directory", dir)(e.to_string()))?;
     let path = dir.join("LOCK");
     let file = File::create(&path).map_err(|e| storage("making the lock file", &path)(e.to_string()))?;
     // SAFETY: the descriptor is open for the length of the call.
@@ -194,6 +200,8 @@ impl Store {
                     .to_owned(),
             ));
         }
+        inspect::check_ends(&log, &state, &snapshots)
+            .map_err(|e| storage("comparing log and state", &dir)(e.to_string()))?;
         let rejoin = Arc::new(
             Rejoin::open(&dir).map_err(|e| storage("reading the data directory", &dir)(e.to_string()))?,
         );
@@ -233,6 +241,7 @@ impl Store {
             cancel: CancellationToken::new(),
             effects,
             applied: applied_rx,
+            disk: DiskWatch::new(&dir),
             leader: watch::Sender::new(None),
             failed: watch::Sender::new(None),
             forward_clients: Mutex::default(),
@@ -258,6 +267,9 @@ impl Store {
         inner.tasks.spawn(watch_raft(inner.clone()));
         inner.tasks.spawn(members::run(inner.clone()));
         inner.tasks.spawn(members::greet(inner.clone()));
+        disk::start(&inner)
+            .and_then(|()| crate::scrub::start(&inner))
+            .map_err(|e| storage("watching the disk", &dir)(e.to_string()))?;
         if pristine && !inner.config.initial_cluster.is_empty() {
             // Every member of a new cluster does this with the same members, and so makes the same first entry.
             match raft.initialize(members_of(&inner.config.initial_cluster)).await {
@@ -290,6 +302,9 @@ impl Store {
                 return Err(ProposeError::Stopped(why));
             }
             let left = until.saturating_duration_since(Instant::now());
+            if let Some(why) = inner.no_use_waiting(left) {
+                return Err(ProposeError::Unfit(why));
+            }
             if left.is_zero() {
                 return Err(ProposeError::NoLeader);
             }
@@ -622,7 +637,10 @@ impl Forwarded for Inner {
         deadline: Duration,
     ) -> Result<ProposedReply, ProposeRefusal> {
         // The first command of a cluster forms it, and anchors its time; nothing may come before.
-        if !self.formed.load(Ordering::Acquire) || self.is_cut_off(&self.raft.metrics().borrow_watched()) {
+        if !self.formed.load(Ordering::Acquire)
+            || !self.disk.may_lead()
+            || self.is_cut_off(&self.raft.metrics().borrow_watched())
+        {
             return Err(ProposeRefusal::NotLeader);
         }
         self.propose_with(proposal, None, deadline).await
@@ -633,11 +651,19 @@ impl Forwarded for Inner {
     }
 
     async fn read_index_here(&self) -> Option<ReadIndexReply> {
+        if self.disk.is_stuck() {
+            return None;
+        }
         let linearizer = self.raft.get_read_linearizer(ReadPolicy::ReadIndex).await.ok()?;
         let log_id = *linearizer.read_log_id().log_id();
         let term = self.raft.metrics().borrow_watched().current_term;
         let now_ms = self.stamper.now_ms(term).unwrap_or(0).max(self.applied.borrow().cluster_time_ms);
         Some(ReadIndexReply { index: log_id.index, term, now_ms })
+    }
+
+    fn may_lead(&self) -> bool {
+        let applied = self.applied.borrow().index;
+        self.disk.may_lead() && self.directory.rejoin.may_vote(applied).unwrap_or(false)
     }
 }
 
@@ -655,6 +681,9 @@ impl Forwarded for Arc<Inner> {
     async fn read_index_here(&self) -> Option<ReadIndexReply> {
         Inner::read_index_here(self).await
     }
+    fn may_lead(&self) -> bool {
+        Inner::may_lead(self)
+    }
 }
 
 /// Keeps the leader watch current and notices a failed replica.
@@ -664,6 +693,7 @@ async fn watch_raft(inner: Arc<Inner>) {
     // before this task runs, which shares its thread with their sender.
     let mut server = inner.raft.server_metrics();
     let mut urls = inner.directory.changes();
+    let mut fitness = inner.disk.changes();
     loop {
         {
             let _seen = server.borrow_and_update();
@@ -677,9 +707,12 @@ async fn watch_raft(inner: Arc<Inner>) {
                 return;
             }
             // A leader that nobody answers can do nothing: better to look for another than to wait on it.
-            let leader = now.current_leader.filter(|id| *id != inner.config.id || !inner.is_cut_off(&now));
+            let usable = !inner.is_cut_off(&now) && !inner.disk.is_stuck();
+            let leader = now.current_leader.filter(|id| *id != inner.config.id || usable);
             // Who was removed hears of no leader any more: what it knew is out of date.
             let leader = leader.filter(|_| inner.removed().is_none());
+            // A replica whose disk is stuck can't take note of a new leader, but it hears of one.
+            let leader = inner.directory.leader_after(now.current_term).or(leader);
             let info = leader.map(|id| LeaderInfo { id, url: inner.directory.url_of(id) });
             if now.current_leader == Some(inner.config.id) && !inner.is_cut_off(&now) {
                 inner.stamper.reign_began(now.current_term);
@@ -694,6 +727,7 @@ async fn watch_raft(inner: Arc<Inner>) {
         tokio::select! {
             changed = server.changed() => if changed.is_err() && inner.cancel.is_cancelled() { return },
             _ = urls.changed() => {}
+            _ = fitness.changed() => {}
             () = tokio::time::sleep(Duration::from_millis(inner.config.election_timeout_ms)) => {}
             () = inner.cancel.cancelled() => return,
         }

@@ -19,4 +19,5 @@
 
 pub mod harness;
 pub mod load;
+pub mod power;
 pub mod sim_drone;

@@ -1,4 +1,4 @@
-//! This controller and its cluster: health, readiness, members, leadership.
+//! This controller and its cluster: health, members, leadership.
 
 use super::args::{Consistency, QueryArgs, Write};
 use super::error::Failure;
@@ -12,8 +12,6 @@ use raft_store::{LeaderInfo, MemberStatus, ReplicaStatus};
 use serde_json::{Value, json};
 use std::time::Duration;
 
-/// How long a readiness check waits for a linearizable read.
-const READY_DEADLINE: Duration = Duration::from_secs(1);
 /// How long a leader waits for its successor.
 const TRANSFER_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -26,15 +24,6 @@ pub async fn health() -> Json<Value> {
 pub async fn status() -> Json<StatusResponse> {
     let version = VersionInfo::current();
     Json(StatusResponse { status: "ok".to_owned(), version: version.version, hash: version.git_hash })
-}
-
-/// GET `/ctrl/ready`: 200 only when this replica can serve linearizable reads of a formed cluster.
-pub async fn ready(State(app): State<App>) -> Result<Json<Value>, Failure> {
-    let point = app.store.linearizable(READY_DEADLINE).await?;
-    match point.view.cluster()? {
-        Some(_) => Ok(Json(json!({"ready": true}))),
-        None => Err(Failure::new(ApiErrorKind::NoLeader, "the cluster is not formed yet")),
-    }
 }
 
 fn member(member: MemberStatus, status: &ReplicaStatus) -> MemberInfo {

@@ -82,7 +82,9 @@ impl From<FieldError> for Failure {
 impl From<ProposeError> for Failure {
     fn from(error: ProposeError) -> Self {
         let kind = match &error {
-            ProposeError::NoLeader | ProposeError::Stopped(_) => ApiErrorKind::NoLeader,
+            ProposeError::NoLeader | ProposeError::Stopped(_) | ProposeError::Unfit(_) => {
+                ApiErrorKind::NoLeader
+            }
             ProposeError::OutcomeUnknown(_) => ApiErrorKind::OutcomeUnknown,
             ProposeError::Overloaded => ApiErrorKind::Overloaded,
             ProposeError::TooLarge(..) => return Self::too_large(error.to_string()),

@@ -11,6 +11,8 @@ mod drones;
 pub mod error;
 mod keys;
 mod members;
+pub mod metrics;
+pub mod ready;
 mod snapshot;
 mod sse;
 
@@ -33,7 +35,8 @@ pub fn router(app: App) -> Router {
         .route("/pub/b/{backend}/status", get(backends::status))
         .route("/pub/b/{backend}/status-stream", get(sse::status_stream))
         .route("/ctrl/status", get(cluster::status))
-        .route("/ctrl/ready", get(cluster::ready))
+        .route("/ctrl/ready", get(ready::ready))
+        .route("/metrics", get(metrics::metrics))
         .route("/ctrl/cluster", get(cluster::cluster))
         .route("/ctrl/cluster/members", post(members::set))
         .route("/ctrl/cluster/members/{id}", delete(members::remove))

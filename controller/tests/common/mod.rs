@@ -95,6 +95,7 @@ impl Server {
             terminated_keep_ms: 60_000,
             election_timeout_ms: 300,
             snapshot_every: 10_000,
+            disk_reserve_bytes: 0,
         };
         let settings = Settings {
             store: config.clone(),

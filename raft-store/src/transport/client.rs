@@ -58,7 +58,9 @@ pub async fn dial(directory: &Directory, target: u64, addr: &str, mode: Mode) ->
             .map_err(|e| format!("greeting {addr}: {e}"))?;
         match decode::<HelloReply>(&reply).map_err(|e| format!("{addr}: {e}"))? {
             HelloReply::Welcome { url, cluster_id } => {
-                directory.compare_cluster(cluster_id.as_deref())?;
+                let compared = directory.compare_cluster(cluster_id.as_deref());
+                directory.answered(target, compared.as_ref().err().map(String::as_str));
+                compared?;
                 directory.learn(target, &url);
                 Ok(frames)
             }
@@ -66,7 +68,10 @@ pub async fn dial(directory: &Directory, target: u64, addr: &str, mode: Mode) ->
                 directory.standing.dismiss();
                 Err(format!("{addr} says that this member was removed from the cluster"))
             }
-            HelloReply::Refused(why) => Err(format!("{addr} refused us: {why}")),
+            HelloReply::Refused(why) => {
+                directory.answered(target, Some(&why));
+                Err(format!("{addr} refused us: {why}"))
+            }
         }
     };
     tokio::time::timeout(CONNECT_TIMEOUT, dial)

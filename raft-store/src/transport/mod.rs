@@ -36,6 +36,9 @@ pub const SNAPSHOT_STALL: Duration = Duration::from_secs(20);
 /// AppendEntries under way on one append connection.
 pub const APPENDS_IN_FLIGHT_MAX: usize = 64;
 
+/// How a member begins to say that it belongs to another cluster.
+pub const OTHER_CLUSTER: &str = "this member belongs to cluster";
+
 /// Peers whose URLs are remembered.
 pub const PEERS_KNOWN_MAX: usize = 1024;
 
@@ -91,6 +94,10 @@ pub struct Directory {
     /// Who belongs to the cluster, and where.
     pub standing: Standing,
     urls: Mutex<BTreeMap<u64, String>>,
+    /// Term and id of the newest leader that sent anything.
+    leader: Mutex<Option<(u64, u64)>>,
+    /// Members that say they belong to another cluster, and what they say.
+    foreign: Mutex<BTreeMap<u64, String>>,
     changed: watch::Sender<u64>,
 }
 
@@ -105,6 +112,8 @@ impl Directory {
             rejoin,
             standing: Standing::default(),
             urls,
+            leader: Mutex::default(),
+            foreign: Mutex::default(),
             changed: watch::Sender::new(0),
         }
     }
@@ -117,13 +126,43 @@ impl Directory {
             (Some(ours), Some(theirs))
                 if ours != theirs && !(is_prefix(&ours) && theirs.starts_with(&ours)) =>
             {
-                Err(format!("this member belongs to cluster {ours}, not {theirs}"))
+                Err(format!("{OTHER_CLUSTER} {ours}, not {theirs}"))
             }
             (ours, Some(theirs)) if ours.as_deref() != Some(theirs) => {
                 self.rejoin.met_formed_peer().map_err(|e| format!("marking a rejoin failed: {e}"))
             }
             _ => Ok(()),
         }
+    }
+
+    /// A leader sent something.
+    pub fn heard_leader(&self, term: u64, id: u64) {
+        let mut leader = self.leader.lock().unwrap_or_else(PoisonError::into_inner);
+        *leader = (*leader).max(Some((term, id)));
+    }
+
+    /// The leader of a later term than `term`, if one has sent anything.
+    pub fn leader_after(&self, term: u64) -> Option<u64> {
+        let leader = *self.leader.lock().unwrap_or_else(PoisonError::into_inner);
+        leader.filter(|(heard, id)| *heard > term && *id != self.id).map(|(_, id)| id)
+    }
+
+    /// A member was reached; `refusal` is what it said if it would not have us.
+    pub fn answered(&self, id: u64, refusal: Option<&str>) {
+        let mut foreign = self.foreign.lock().unwrap_or_else(PoisonError::into_inner);
+        match refusal {
+            Some(why) if why.contains(OTHER_CLUSTER) => {
+                foreign.insert(id, why.to_owned());
+            }
+            _ => {
+                foreign.remove(&id);
+            }
+        }
+    }
+
+    /// Members that belong to another cluster, with what they say.
+    pub fn foreign(&self) -> BTreeMap<u64, String> {
+        self.foreign.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// A peer said where its HTTP API is.

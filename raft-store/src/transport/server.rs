@@ -56,6 +56,9 @@ pub trait Forwarded: Send + Sync + 'static {
 
     /// Confirms leadership and says up to where a reader must have applied, if this replica leads.
     fn read_index_here(&self) -> impl Future<Output = Option<ReadIndexReply>> + Send;
+
+    /// Whether this replica would be a good leader.
+    fn may_lead(&self) -> bool;
 }
 
 /// Serves the peers of one replica.
@@ -217,6 +220,7 @@ impl<F: Forwarded> PeerServer<F> {
         }
         match request {
             Request::Append(append) => {
+                self.directory.heard_leader(append.vote.term, append.vote.node);
                 self.directory.rejoin.heard_leader(append.commit.map(|at| at.index));
                 let request = match append.into_request() {
                     Ok(request) => request,
@@ -260,6 +264,7 @@ impl<F: Forwarded> PeerServer<F> {
             Request::ChangeMembers(change) => {
                 Reply::MembersChanged(self.forwarded.change_members_here(change).await)
             }
+            Request::MayLead => Reply::MayLead(self.forwarded.may_lead()),
         }
     }
 
@@ -270,6 +275,7 @@ impl<F: Forwarded> PeerServer<F> {
         let reader = async {
             while let Some(frame) = stream.next().await {
                 let append: Append = decode(&frame?).map_err(io::Error::other)?;
+                self.directory.heard_leader(append.vote.term, append.vote.node);
                 self.directory.rejoin.heard_leader(append.commit.map(|at| at.index));
                 let request = append.into_request().map_err(io::Error::other)?;
                 if requests.send(request).await.is_err() {

@@ -53,10 +53,19 @@ pub enum Request {
     Append(Append),
     Vote(VoteAsk),
     PreVote(VoteAsk),
-    Transfer { from: WireVote, to: u64, last_log_id: Option<WireLogId> },
-    Propose { proposal: Vec<u8>, deadline_ms: u64 },
+    Transfer {
+        from: WireVote,
+        to: u64,
+        last_log_id: Option<WireLogId>,
+    },
+    Propose {
+        proposal: Vec<u8>,
+        deadline_ms: u64,
+    },
     ReadIndex,
     ChangeMembers(MemberChange),
+    /// Asked by a leader that wants to hand over.
+    MayLead,
 }
 
 /// The answer to a [`Request`].
@@ -72,6 +81,8 @@ pub enum Reply {
     /// The peer could not handle the request.
     Failed(String),
     MembersChanged(Result<MemberChanged, MemberError>),
+    /// Whether the peer would be a good leader.
+    MayLead(bool),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]

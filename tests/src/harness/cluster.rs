@@ -4,7 +4,7 @@ use super::backend::{Journal, TestBackend};
 use super::http::Http;
 use super::plan::{Clock, ClusterBuilder};
 use super::ports::PortBlock;
-use super::process::{Process, binary, kill_writers_below, libfaketime, target_dir};
+use super::process::{Process, binary, kill_writers_below, libfaketime, target_tmp};
 use super::proxy::ProxySet;
 use super::wait::{LONG, SHORT, wait_until};
 use holdfast_client::Client;
@@ -69,10 +69,7 @@ impl Cluster {
     async fn prepare(plan: &ClusterBuilder) -> Self {
         let (controller, drone) = (binary("holdfast-controller"), binary("holdfast-drone"));
         binary("test-backend");
-        // target/tmp, as Cargo's CARGO_TARGET_TMPDIR.
-        let tmp = target_dir().with_file_name("tmp");
-        std::fs::create_dir_all(&tmp).expect("target/tmp");
-        let dir = tempfile::Builder::new().prefix("cluster-").tempdir_in(tmp).expect("a directory");
+        let dir = tempfile::Builder::new().prefix("cluster-").tempdir_in(target_tmp()).expect("a directory");
         let path = |name: String| dir.path().join(name);
         let mut ports = PortBlock::take();
         let addrs: Vec<_> = (0..plan.controllers).map(|_| (ports.give(), ports.give())).collect();
@@ -126,6 +123,10 @@ impl Cluster {
                 Clock::Controller(index, offset) => controllers[*index].set_wall_clock(&library, offset),
                 Clock::Drone(index, offset) => drones[*index].set_wall_clock(&library, offset),
             }
+        }
+        for (index, data_dir, env) in &plan.disks {
+            controllers[*index].set_flag("--data-dir", &data_dir.display().to_string());
+            env.iter().for_each(|(name, value)| controllers[*index].set_env(name, value));
         }
         let journal = Journal::new(dir.path().join("journal"));
         Self { controllers, drones, links, name, http: Http::new(), journal, addrs, ports, dir: Some(dir) }

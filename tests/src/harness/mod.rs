@@ -14,6 +14,6 @@ pub use cluster::Cluster;
 pub use http::{Answer, Http};
 pub use plan::ClusterBuilder;
 pub use ports::PortBlock;
-pub use process::{Process, binary, libfaketime};
+pub use process::{Process, binary, libfaketime, target_tmp};
 pub use proxy::{Proxy, ProxySet};
 pub use wait::{LONG, SHORT, boot_ms, wait_until};

@@ -2,6 +2,7 @@
 
 use super::cluster::Cluster;
 use super::wait::LONG;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Default lease of a test: a key expires within seconds, and a busy machine still renews in time.
@@ -25,6 +26,7 @@ pub struct ClusterBuilder {
     pub(super) default_cluster: bool,
     pub(super) clocks: Vec<Clock>,
     pub(super) controller_flags: Vec<(String, String)>,
+    pub(super) disks: Vec<(usize, PathBuf, Vec<(String, String)>)>,
     pub(super) patience: Duration,
 }
 
@@ -39,6 +41,7 @@ impl Default for ClusterBuilder {
             default_cluster: true,
             clocks: Vec::new(),
             controller_flags: Vec::new(),
+            disks: Vec::new(),
             patience: LONG,
         }
     }
@@ -77,6 +80,13 @@ impl ClusterBuilder {
     #[must_use]
     pub fn controller_flag(mut self, flag: &str, value: &str) -> Self {
         self.controller_flags.push((flag.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// A controller keeps its data in `dir`, and runs with these environment variables.
+    #[must_use]
+    pub fn controller_disk(mut self, index: usize, dir: &Path, env: Vec<(String, String)>) -> Self {
+        self.disks.push((index, dir.to_owned(), env));
         self
     }
 

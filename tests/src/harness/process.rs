@@ -21,6 +21,13 @@ pub(super) fn target_dir() -> PathBuf {
     if dir.ends_with("deps") { dir.parent().expect("target/release").to_owned() } else { dir.to_owned() }
 }
 
+/// `target/tmp`, as Cargo's `CARGO_TARGET_TMPDIR`.
+pub fn target_tmp() -> PathBuf {
+    let tmp = target_dir().with_file_name("tmp");
+    std::fs::create_dir_all(&tmp).expect("target/tmp");
+    tmp
+}
+
 /// A binary of the workspace. Cargo builds those of other crates only when asked to.
 pub fn binary(name: &str) -> PathBuf {
     let path = target_dir().join(name);
@@ -98,6 +105,11 @@ impl Process {
     pub fn set_env(&mut self, name: &str, value: &str) {
         self.env.retain(|(n, _)| n != name);
         self.env.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// Forgets all environment variables that were set, for the next start.
+    pub fn clear_env(&mut self) {
+        self.env.clear();
     }
 
     /// Moves its wall clock for the next start (`+3650d`, `-2y`), the monotonic clocks not.

@@ -1,0 +1,73 @@
+//! Numbers about a replica, for its controller's `/metrics` and `/ctrl/ready`.
+
+use crate::gauge::DiskTimes;
+use crate::store::Store;
+use openraft::async_runtime::watch::WatchReceiver;
+
+/// What a replica can say about itself at any moment, without asking the disk or anybody else.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoreMetrics {
+    /// Whether this replica leads.
+    pub is_leader: bool,
+    /// The leader's id, if known.
+    pub leader: Option<u64>,
+    /// Current term.
+    pub term: u64,
+    /// Last log index here.
+    pub last_log: u64,
+    /// Last applied index here.
+    pub applied: u64,
+    /// Index of the last snapshot here.
+    pub snapshot: u64,
+    /// Up to where the log is purged.
+    pub purged: u64,
+    /// Free bytes of the data directory's file system; none if they can't be asked for.
+    pub disk_free_bytes: Option<u64>,
+    /// Bytes to keep free.
+    pub disk_reserve_bytes: u64,
+    /// Whether less than the reserve is free.
+    pub disk_full: bool,
+    /// Whether a write has been waiting for the disk for too long.
+    pub disk_stuck: bool,
+    /// Syncs of the log: one for each batch of votes, entries, truncations and purges.
+    pub log_syncs: DiskTimes,
+    /// Commits of applied entries to the state, which are not synced.
+    pub state_commits: DiskTimes,
+    /// Why this replica must not lead, if so.
+    pub unfit: Option<String>,
+    /// Why it has failed for good, if so.
+    pub failed: Option<String>,
+}
+
+impl Store {
+    /// See [`StoreMetrics`].
+    pub fn metrics(&self) -> StoreMetrics {
+        let inner = &self.inner;
+        let status = self.status();
+        let unfit = inner.disk.unfit();
+        StoreMetrics {
+            is_leader: status.is_leader,
+            leader: status.leader.map(|leader| leader.id),
+            term: status.term,
+            last_log: status.last_log,
+            applied: status.applied,
+            snapshot: status.snapshot,
+            purged: inner.raft.metrics().borrow_watched().purged.map_or(0, |at| at.index),
+            disk_free_bytes: inner.disk.free_bytes(),
+            disk_reserve_bytes: inner.config.disk_reserve_bytes,
+            disk_full: matches!(unfit, Some(crate::disk::Unfit::Full { .. })),
+            disk_stuck: matches!(unfit, Some(crate::disk::Unfit::Stuck { .. })),
+            log_syncs: inner.log.gauge().times(),
+            state_commits: inner.state.gauge().times(),
+            unfit: unfit.map(|why| why.to_string()),
+            failed: inner.failed.borrow().clone(),
+        }
+    }
+
+    /// Why this replica is not ready, as far as it knows without asking anybody: it has failed, or its disk is full or
+    /// stuck.
+    pub fn not_ready(&self) -> Option<String> {
+        let failed = self.inner.failed.borrow().clone();
+        failed.or_else(|| self.inner.disk.unfit().map(|why| why.to_string()))
+    }
+}
