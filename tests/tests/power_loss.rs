@@ -275,9 +275,10 @@ async fn power_loss(size: Size, seed: u64) {
     let mut done = 0;
     let mut to_start = Vec::new();
     let all: Vec<Acknowledged> = told.iter().map(|(_, told)| told.clone()).collect();
+    let (todo, work) = mpsc::sync_channel::<(tempfile::TempDir, usize, String)>(4);
+    let work = std::sync::Mutex::new(work);
     std::thread::scope(|scope| {
-        let (todo, work) = mpsc::sync_channel::<(tempfile::TempDir, usize, String)>(4);
-        let work = std::sync::Mutex::new(work);
+        let todo = todo;
         let checkers: Vec<_> = (0..2)
             .map(|_| {
                 scope.spawn(|| {
