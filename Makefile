@@ -11,8 +11,9 @@ help: ## this list
 demo: build ## build, then watch a key survive the death of the leader; ends by itself
 	@deploy/demo.sh
 
+# With all targets, so that what the tests start is built with the same features as the tests, and once.
 test: prerequisites-test lint ## everything CI checks: formatting, clippy, build, all tests
-	$(CARGO) build --release --workspace
+	$(CARGO) build --release --workspace --all-targets
 	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
 		set -x; $(CARGO) nextest run --release --workspace && $(CARGO) test --release --workspace --doc; \
 	else \

@@ -74,8 +74,9 @@ async fn a_flipped_bit_or_a_missing_file_is_named_or_does_no_harm() {
         .await;
     let mut held = BTreeMap::new();
     let client = cluster.client();
+    let backend = cluster.backend();
     let mut connect = async |n: usize| {
-        let answer = client.connect(&cluster.backend().request(&format!("key-{n}"))).await.unwrap();
+        let answer = client.connect(&backend.request(&format!("key-{n}"))).await.unwrap();
         held.insert(answer.key.name.clone(), answer.fencing_token);
     };
     for n in 0..12 {
