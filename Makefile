@@ -19,9 +19,6 @@ test: prerequisites-test lint ## everything CI checks: formatting, clippy, build
 		set -x; $(CARGO) test --release --workspace; \
 	fi
 
-soak: build ## the tests that take minutes
-	$(CARGO) nextest run --release --workspace --run-ignored ignored-only -E 'test(power_fails)'
-
 build: prerequisites ## the three binaries, in target/release
 	$(CARGO) build --release --workspace
 
@@ -29,7 +26,7 @@ lint: prerequisites ## rustfmt and clippy, no warnings allowed
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
 
-soak: build ## the long tests: a million keys, minutes of writes
+soak: build ## the long tests: a million keys, minutes of writes, thousands of power losses
 	$(CARGO) nextest run --release --workspace --profile soak --run-ignored only --no-capture
 
 figures: build ## connects per second and failover time of three controllers, measured here

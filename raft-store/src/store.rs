@@ -149,6 +149,8 @@ impl Store {
         let inner = thread.handle().spawn(Self::open_here(config)).await.map_err(|e| starting(&e))??;
         // It reads the state, which the raft thread must not.
         inner.tasks.spawn(keeper::run(inner.clone()));
+        // Not on the raft thread either, which is one of those that it watches.
+        disk::start(&inner).and_then(|()| crate::scrub::start(&inner)).map_err(|e| starting(&e))?;
         Ok(Self { inner, thread: Arc::new(Mutex::new(Some(thread))) })
     }
 
@@ -267,9 +269,6 @@ impl Store {
         inner.tasks.spawn(watch_raft(inner.clone()));
         inner.tasks.spawn(members::run(inner.clone()));
         inner.tasks.spawn(members::greet(inner.clone()));
-        disk::start(&inner)
-            .and_then(|()| crate::scrub::start(&inner))
-            .map_err(|e| storage("watching the disk", &dir)(e.to_string()))?;
         if pristine && !inner.config.initial_cluster.is_empty() {
             // Every member of a new cluster does this with the same members, and so makes the same first entry.
             match raft.initialize(members_of(&inner.config.initial_cluster)).await {
@@ -709,10 +708,10 @@ async fn watch_raft(inner: Arc<Inner>) {
             // A leader that nobody answers can do nothing: better to look for another than to wait on it.
             let usable = !inner.is_cut_off(&now) && !inner.disk.is_stuck();
             let leader = now.current_leader.filter(|id| *id != inner.config.id || usable);
-            // Who was removed hears of no leader any more: what it knew is out of date.
-            let leader = leader.filter(|_| inner.removed().is_none());
             // A replica whose disk is stuck can't take note of a new leader, but it hears of one.
             let leader = inner.directory.leader_after(now.current_term).or(leader);
+            // Who was removed hears of no leader any more: what it knew is out of date.
+            let leader = leader.filter(|_| inner.removed().is_none());
             let info = leader.map(|id| LeaderInfo { id, url: inner.directory.url_of(id) });
             if now.current_leader == Some(inner.config.id) && !inner.is_cut_off(&now) {
                 inner.stamper.reign_began(now.current_term);

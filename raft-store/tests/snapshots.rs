@@ -140,6 +140,7 @@ impl Cluster {
             terminated_keep_ms: 3_600_000,
             election_timeout_ms: 1_000,
             snapshot_every: self.snapshot_every,
+            disk_reserve_bytes: 0,
         }
     }
 

@@ -47,6 +47,17 @@ async fn metric(cluster: &Cluster, index: usize, name: &str) -> String {
     line.unwrap_or_else(|| panic!("{name} in\n{text}")).rsplit(' ').next().unwrap().to_owned()
 }
 
+/// Waits for a metric; there may be nobody to ask for a moment.
+async fn wait_metric(cluster: &Cluster, index: usize, name: &str, value: &str) {
+    let url = format!("{}/metrics", cluster.url(index));
+    wait_until(&format!("{name} is {value}"), LONG, async || {
+        let answer = cluster.http.send(Method::GET, &url, &[], None).await.map_err(|e| e.to_string())?;
+        let line = answer.text.lines().find(|line| line.split([' ', '{']).next() == Some(name));
+        if line.is_some_and(|line| line.ends_with(&format!(" {value}"))) { Ok(()) } else { Err(answer.text) }
+    })
+    .await;
+}
+
 async fn hold(cluster: &Cluster, count: usize) -> BTreeMap<String, ConnectResponse> {
     let mut held = BTreeMap::new();
     for n in 0..count {
@@ -239,8 +250,8 @@ async fn a_full_disk_costs_its_node_the_lead_and_later_its_service_and_nothing_e
     })
     .await;
     println!("not ready: {reason}");
-    assert_eq!(metric(&cluster, 0, "holdfast_failed").await, "1");
-    assert_eq!(metric(&cluster, 0, "holdfast_disk_full").await, "1");
+    wait_metric(&cluster, 0, "holdfast_failed", "1").await;
+    wait_metric(&cluster, 0, "holdfast_disk_full", "1").await;
     held.insert("without-it".into(), cluster.connect_ready("without-it").await);
     disk.empty();
     cluster.wait_controller(0).await;

@@ -277,10 +277,11 @@ async fn power_loss(size: Size, seed: u64) {
     let all: Vec<Acknowledged> = told.iter().map(|(_, told)| told.clone()).collect();
     std::thread::scope(|scope| {
         let (todo, work) = mpsc::sync_channel::<(tempfile::TempDir, usize, String)>(4);
-        let work = std::sync::Mutex::new(work);
+        let work = Arc::new(std::sync::Mutex::new(work));
         let checkers: Vec<_> = (0..2)
             .map(|_| {
-                scope.spawn(|| {
+                let (work, all) = (work.clone(), &all);
+                scope.spawn(move || {
                     loop {
                         let next = work.lock().unwrap().recv();
                         let Ok((dir, told, what)) = next else { return };

@@ -12,6 +12,7 @@ const KIND_MARK: u8 = 13;
 
 /// What was done. Paths are below the watched directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(missing_docs, reason = "inodes, paths, offsets and numbers of syncs are what they are called")]
 pub enum Op {
     /// A new file.
     Create { ino: u64, path: String },
