@@ -290,6 +290,8 @@ async fn power_loss(size: Size, seed: u64) {
                 })
             })
             .collect();
+        // So that sending fails, rather than waits, once no checker is left.
+        drop(work);
         for (number, cut) in cuts.iter().enumerate() {
             journal.records[done..*cut].iter().for_each(|record| take(&mut disks, record));
             done = *cut;
