@@ -65,6 +65,13 @@ fn outcome(dir: &Path, held: &BTreeMap<String, u64>) -> Result<(), String> {
     Ok(())
 }
 
+/// Acquires a key and notes its token.
+async fn connect(cluster: &Cluster, n: usize, held: &mut BTreeMap<String, u64>) {
+    let request = cluster.backend().request(&format!("key-{n}"));
+    let answer = cluster.client().connect(&request).await.unwrap();
+    held.insert(answer.key.name, answer.fencing_token);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_flipped_bit_or_a_missing_file_is_named_or_does_no_harm() {
     let mut cluster = Cluster::builder()
@@ -73,14 +80,8 @@ async fn a_flipped_bit_or_a_missing_file_is_named_or_does_no_harm() {
         .start()
         .await;
     let mut held = BTreeMap::new();
-    let client = cluster.client();
-    let backend = cluster.backend();
-    let mut connect = async |n: usize| {
-        let answer = client.connect(&backend.request(&format!("key-{n}"))).await.unwrap();
-        held.insert(answer.key.name.clone(), answer.fencing_token);
-    };
     for n in 0..12 {
-        connect(n).await;
+        connect(&cluster, n, &mut held).await;
     }
     // Twice: tables, write-ahead logs and a snapshot of some age.
     cluster.controllers[0].kill9();
@@ -93,7 +94,7 @@ async fn a_flipped_bit_or_a_missing_file_is_named_or_does_no_harm() {
     })
     .await;
     for n in 12..16 {
-        connect(n).await;
+        connect(&cluster, n, &mut held).await;
     }
     let newest = *held.values().max().unwrap();
     wait_until("the first has applied all of it", LONG, async || {

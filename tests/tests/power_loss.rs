@@ -275,13 +275,13 @@ async fn power_loss(size: Size, seed: u64) {
     let mut done = 0;
     let mut to_start = Vec::new();
     let all: Vec<Acknowledged> = told.iter().map(|(_, told)| told.clone()).collect();
-    let (todo, work) = mpsc::sync_channel::<(tempfile::TempDir, usize, String)>(4);
-    let work = std::sync::Mutex::new(work);
     std::thread::scope(|scope| {
-        let todo = todo;
+        let (todo, work) = mpsc::sync_channel::<(tempfile::TempDir, usize, String)>(4);
+        let work = Arc::new(std::sync::Mutex::new(work));
         let checkers: Vec<_> = (0..2)
             .map(|_| {
-                scope.spawn(|| {
+                let (work, all) = (work.clone(), &all);
+                scope.spawn(move || {
                     loop {
                         let next = work.lock().unwrap().recv();
                         let Ok((dir, told, what)) = next else { return };
@@ -290,6 +290,8 @@ async fn power_loss(size: Size, seed: u64) {
                 })
             })
             .collect();
+        // So that sending fails, rather than waits, once no checker is left.
+        drop(work);
         for (number, cut) in cuts.iter().enumerate() {
             journal.records[done..*cut].iter().for_each(|record| take(&mut disks, record));
             done = *cut;
