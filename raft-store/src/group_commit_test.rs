@@ -5,6 +5,7 @@ use crate::types::{
     CommittedLeader, LeaderId, LogEntry, LogId, Payload, Proposed, Stamper, TypeConfig, Vote,
 };
 use bytes::Bytes;
+use holdfast_core::command::Stamp;
 use openraft::storage::{IOFlushed, RaftLogReader, RaftLogStorage};
 use openraft::type_config::TypeConfigExt;
 use std::io;
@@ -24,7 +25,8 @@ fn id(index: u64) -> LogId {
 }
 
 fn entry(index: u64, bytes: usize) -> LogEntry {
-    let proposed = Proposed::decoded(Bytes::from(vec![7; bytes]), None);
+    let stamp = Stamp { cluster_time_ms: index, own_term_only: false };
+    let proposed = Proposed::decoded(Bytes::from(vec![7; bytes]), Some(stamp));
     LogEntry { log_id: id(index), payload: Payload::Normal(proposed) }
 }
 

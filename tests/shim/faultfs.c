@@ -184,8 +184,17 @@ int __openat64_2(int dir, const char *path, int flags) { return open_any(dir, pa
 int creat(const char *path, mode_t mode) { return open_any(AT_FDCWD, path, O_CREAT | O_WRONLY | O_TRUNC, mode); }
 int creat64(const char *path, mode_t mode) { return open_any(AT_FDCWD, path, O_CREAT | O_WRONLY | O_TRUNC, mode); }
 
+/* The C library closes by itself what was handed to fdopen (RocksDB's LOG) or fdopendir, and the number is used again for
+   a socket, say: what it names now must still be what it named when it was opened. */
 static struct tracked *of(int fd, int kind) {
-    return fd >= 0 && fd < FDS && fds[fd].kind == kind ? &fds[fd] : 0;
+    if (fd < 0 || fd >= FDS || fds[fd].kind != kind) return 0;
+    int saved = errno;
+    struct stat st;
+    int same = !fstat(fd, &st) && (kind == 1 ? S_ISREG(st.st_mode) && st.st_ino == fds[fd].ino : S_ISDIR(st.st_mode));
+    errno = saved;
+    if (same) return &fds[fd];
+    fds[fd].kind = 0;
+    return 0;
 }
 
 int close(int fd) {

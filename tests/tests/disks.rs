@@ -235,9 +235,10 @@ async fn a_full_disk_costs_its_node_the_lead_and_later_its_service_and_nothing_e
 
     // Nothing at all is left: a write fails, the node says why it does not serve, and starts afresh when there is space.
     let pid = cluster.controllers[0].pid();
-    disk.fill(0);
     let mut n = 0;
     let reason = wait_until("a write has failed", LONG, async || {
+        // Again and again: RocksDB gives back what it had preallocated.
+        disk.fill(0);
         let key = format!("full-{n}");
         n += 1;
         held.insert(key.clone(), cluster.client().connect(&cluster.backend().request(&key)).await.unwrap());
