@@ -60,7 +60,7 @@ async fn whatever_is_queued_costs_one_sync_and_is_called_back_in_order() {
         rx.try_recv().unwrap_or_else(|_| panic!("{index} was not called back before the vote")).unwrap();
     }
     let syncs = log.gauge().times().count - before;
-    assert!(syncs >= 1 && syncs < 100, "{syncs} syncs for 502 writes");
+    assert!((1..100).contains(&syncs), "{syncs} syncs for 502 writes");
     assert_eq!(log.read_vote().await.unwrap(), Some(vote));
 }
 

@@ -15,6 +15,9 @@ pub(super) enum Clock {
     Drone(usize, String),
 }
 
+/// Index of a controller, its data directory and what is added to its environment.
+type ControllerDisk = (usize, PathBuf, Vec<(String, String)>);
+
 /// Describes a cluster; [`ClusterBuilder::start`] starts it.
 #[derive(Debug, Clone)]
 pub struct ClusterBuilder {
@@ -26,7 +29,7 @@ pub struct ClusterBuilder {
     pub(super) default_cluster: bool,
     pub(super) clocks: Vec<Clock>,
     pub(super) controller_flags: Vec<(String, String)>,
-    pub(super) disks: Vec<(usize, PathBuf, Vec<(String, String)>)>,
+    pub(super) disks: Vec<ControllerDisk>,
     pub(super) patience: Duration,
 }
 
