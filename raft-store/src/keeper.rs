@@ -20,8 +20,8 @@ use tokio::sync::broadcast::error::RecvError;
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// A leader of held keys proposes a tick when no entry was applied for this long.
 const TICK_AFTER_MS: u64 = 1_000;
-/// Bytes of log entries between snapshots at most; with the entries that are kept behind a snapshot, about twice that
-/// is the log's size on disk.
+/// Bytes of log entries between snapshots at most. Two such intervals are kept at most, and what RocksDB has not compacted
+/// yet.
 const LOG_BYTES_PER_SNAPSHOT: u64 = 256 << 20;
 /// Deadline of the keeper's own proposals; it looks again afterwards.
 const PROPOSE_DEADLINE: Duration = Duration::from_secs(2);
@@ -98,6 +98,10 @@ async fn bound_log(inner: &Inner, last: &mut (u64, u64)) {
     let index = inner.snapshot_index();
     let appended = inner.log.appended_bytes();
     if index != last.0 {
+        // openraft keeps a number of entries behind a snapshot, whatever their size; what the one before this holds goes.
+        if last.0 > 0 {
+            let _ = inner.raft.trigger().purge_log(last.0).await;
+        }
         *last = (index, appended);
     }
     if appended - last.1 >= LOG_BYTES_PER_SNAPSHOT {

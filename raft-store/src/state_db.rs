@@ -217,9 +217,8 @@ fn run_flusher(shared: &Weak<Shared>, woken: &std::sync::mpsc::Receiver<()>) {
     while !matches!(woken.recv_timeout(FLUSH_EVERY), Err(RecvTimeoutError::Disconnected)) {
         let Some(shared) = shared.upgrade() else { return };
         if let Err(error) = shared.current().flush() {
-            // The next commit meets it and stops the replica.
+            // The next commit meets it and stops the replica, unless a snapshot has just replaced that database.
             tracing::error!(%error, "writing the state failed");
-            return;
         }
     }
 }
