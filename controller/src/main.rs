@@ -12,7 +12,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 /// What one thread allocates here another one mostly frees (a request's answer, an entry's bytes), at which the C library
-/// is slow: a quarter of a loaded controller's time went there.
+/// is slow: about a fifth of a loaded controller's time went there.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
