@@ -437,6 +437,10 @@ impl Agent {
     }
 
     fn fact(&mut self, id: &str, fact: Fact) -> Result<(), AgentError> {
+        if let Fact::Metrics(metrics) = fact {
+            self.send(MessageFromDrone::BackendMetrics(metrics));
+            return Ok(());
+        }
         let Some(backend) = self.backends.get_mut(id) else { return Ok(()) };
         let gone = fact == Fact::Gone;
         let exited = matches!(fact, Fact::Exited(_));

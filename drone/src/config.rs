@@ -10,6 +10,8 @@ use std::path::PathBuf;
 
 /// Largest `--config` file, in bytes.
 const CONFIG_BYTES_MAX: u64 = 1024 * 1024;
+/// Where a container engine listens, unless it is told otherwise.
+const DOCKER_SOCKET_DEFAULT: &str = "/var/run/docker.sock";
 
 /// Runs backends on this machine and keeps the leases of their keys.
 #[derive(Debug, Parser)]
@@ -30,6 +32,12 @@ pub struct Flags {
     /// What runs the backends [default: process]
     #[arg(long, env = "HOLDFAST_RUNTIME")]
     runtime: Option<RuntimeKind>,
+    /// With --runtime docker, the engine's Unix socket [default: /var/run/docker.sock]
+    #[arg(long, env = "HOLDFAST_DOCKER_SOCKET", value_name = "PATH")]
+    docker_socket: Option<PathBuf>,
+    /// With --runtime docker, the directory below which backends may have directories mounted [default: none may]
+    #[arg(long, env = "HOLDFAST_MOUNT_BASE", value_name = "DIR")]
+    mount_base: Option<PathBuf>,
     /// The address that the backends listen on and are reached by [default: 127.0.0.1]
     #[arg(long, env = "HOLDFAST_IP")]
     ip: Option<IpAddr>,
@@ -50,7 +58,7 @@ pub struct Flags {
 pub enum RuntimeKind {
     /// Processes of this machine.
     Process,
-    /// Containers; not built yet.
+    /// Containers of this machine's engine.
     Docker,
 }
 
@@ -62,6 +70,8 @@ struct File {
     cluster: Option<String>,
     data_dir: Option<PathBuf>,
     runtime: Option<RuntimeKind>,
+    docker_socket: Option<PathBuf>,
+    mount_base: Option<PathBuf>,
     ip: Option<IpAddr>,
     pool: Option<String>,
     log: Option<String>,
@@ -103,6 +113,10 @@ pub struct Config {
     pub data_dir: PathBuf,
     /// What runs backends.
     pub runtime: RuntimeKind,
+    /// The container engine's Unix socket.
+    pub docker_socket: PathBuf,
+    /// Below this are the directories that containers may have mounted.
+    pub mount_base: Option<PathBuf>,
     /// The backends' address.
     pub ip: IpAddr,
     /// The pool; empty for none.
@@ -156,9 +170,16 @@ impl Config {
         let pool = flags.pool.or(file.pool).unwrap_or_default();
         check_name_or_empty("pool", &pool)?;
         let runtime = flags.runtime.or(file.runtime).unwrap_or(RuntimeKind::Process);
-        if runtime == RuntimeKind::Docker {
-            let problem = "docker is not built yet; this drone runs processes (--runtime process)".to_owned();
-            return Err(ConfigError { flag: "runtime", problem });
+        let docker_socket = flags
+            .docker_socket
+            .or(file.docker_socket)
+            .unwrap_or_else(|| PathBuf::from(DOCKER_SOCKET_DEFAULT));
+        let mount_base = flags.mount_base.or(file.mount_base);
+        for (flag, path) in [("docker-socket", Some(&docker_socket)), ("mount-base", mount_base.as_ref())] {
+            if path.is_some_and(|path| !path.is_absolute()) {
+                let problem = "must be an absolute path, which the engine knows too".to_owned();
+                return Err(ConfigError { flag, problem });
+            }
         }
         let ip = flags.ip.or(file.ip).unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
         if ip.is_unspecified() || ip.is_multicast() {
@@ -168,7 +189,7 @@ impl Config {
             });
         }
         let log = flags.log.or(file.log);
-        Ok(Self { name, controllers, cluster, data_dir, runtime, ip, pool, log })
+        Ok(Self { name, controllers, cluster, data_dir, runtime, docker_socket, mount_base, ip, pool, log })
     }
 }
 
@@ -199,6 +220,17 @@ mod tests {
     }
 
     #[test]
+    fn containers_are_run_by_the_usual_engine_unless_another_is_named() {
+        let with = |extra: &[&str]| load(&[&GOOD, extra].concat()).unwrap();
+        let config = with(&["--runtime", "docker"]);
+        assert_eq!((config.runtime, config.mount_base), (RuntimeKind::Docker, None));
+        assert_eq!(config.docker_socket, PathBuf::from(DOCKER_SOCKET_DEFAULT));
+        let config = with(&["--docker-socket", "/run/x.sock", "--mount-base", "/srv"]);
+        assert_eq!((config.runtime, config.mount_base), (RuntimeKind::Process, Some(PathBuf::from("/srv"))));
+        assert_eq!(config.docker_socket, PathBuf::from("/run/x.sock"));
+    }
+
+    #[test]
     fn a_bad_or_missing_value_names_its_flag() {
         for (at, value, flag) in [(1, "a", "name"), (3, "h:1", "controller"), (5, "c d", "cluster")] {
             let mut arguments = GOOD;
@@ -208,7 +240,8 @@ mod tests {
         assert_eq!(load(&GOOD[2..]).unwrap_err().flag, "name");
         assert_eq!(load(&GOOD[..6]).unwrap_err().flag, "data-dir");
         for (extra, flag) in [
-            (["--runtime", "docker"], "runtime"),
+            (["--docker-socket", "docker.sock"], "docker-socket"),
+            (["--mount-base", "../data"], "mount-base"),
             (["--pool", "A"], "pool"),
             (["--ip", "0.0.0.0"], "ip"),
             (["--config", "/nonexistent"], "config"),

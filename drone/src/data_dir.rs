@@ -23,7 +23,7 @@ pub const FINISHED_MAX: usize = 1_000;
 /// Largest log of a backend, in bytes.
 pub const LOG_BYTES_MAX: u64 = 64 * 1024 * 1024;
 /// Name of a guard's log.
-const GUARD_LOG: &str = "guard.log";
+pub(crate) const GUARD_LOG: &str = "guard.log";
 /// Longest cluster id, in bytes.
 const CLUSTER_ID_BYTES_MAX: u64 = 1_024;
 
@@ -167,7 +167,7 @@ impl BackendsDir {
 }
 
 /// Whether a guard holds this log; if that cannot be told, it does.
-fn has_guard(guard_log: &Path) -> bool {
+pub(crate) fn has_guard(guard_log: &Path) -> bool {
     match File::open(guard_log) {
         Ok(log) => log.try_lock().is_err(),
         Err(e) => e.kind() != io::ErrorKind::NotFound,

@@ -26,6 +26,7 @@
 
 pub mod admission;
 pub mod agent;
+pub mod cgroup;
 pub mod clock;
 pub mod config;
 pub mod data_dir;

@@ -31,6 +31,8 @@ pub enum Fact {
     Killing,
     /// Its main process has ended; no code if a signal ended it.
     Exited(Option<i32>),
+    /// What it uses, as the controllers are told it.
+    Metrics(serde_json::Value),
     /// Nothing of it is left.
     Gone,
 }
@@ -112,6 +114,8 @@ impl Life {
                 let reason = self.end.map_or(TerminationReason::KeyExpired, |end| end.reason);
                 return self.end(TerminationKind::Hard, reason);
             }
+            // No part of a life.
+            Fact::Metrics(_) => {}
             Fact::Exited(code) => {
                 self.exited = true;
                 self.exit_code = code;

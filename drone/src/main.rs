@@ -3,11 +3,13 @@
 use clap::Parser;
 use holdfast_drone::agent::{Agent, INPUTS_MAX, Input};
 use holdfast_drone::clock::DroneClock;
-use holdfast_drone::config::{Config, Flags};
+use holdfast_drone::config::{Config, Flags, RuntimeKind};
 use holdfast_drone::data_dir::DataDir;
 use holdfast_drone::discovery::Discovery;
 use holdfast_drone::guard::{self, GUARD_ARGUMENT};
 use holdfast_drone::open_files::OpenFiles;
+use holdfast_drone::runtime::Runtime;
+use holdfast_drone::runtime::docker::{DockerConfig, DockerRuntime, Owner};
 use holdfast_drone::runtime::process::ProcessRuntime;
 use holdfast_drone::session::{Identity, Session, random_incarnation};
 use std::io;
@@ -96,11 +98,21 @@ async fn run(
     };
     info!(name = identity.name, incarnation = identity.incarnation, "drone starts");
     let (inputs, waiting) = mpsc::channel(INPUTS_MAX);
-    let mut backends = ProcessRuntime::new(clock, data_dir.backends());
-    if let Some(open_files) = backends_open_files {
-        backends = backends.with_open_files(open_files);
-    }
-    let backends = Arc::new(backends);
+    let backends: Arc<dyn Runtime> = match config.runtime {
+        RuntimeKind::Process => {
+            let mut backends = ProcessRuntime::new(clock, data_dir.backends());
+            if let Some(open_files) = backends_open_files {
+                backends = backends.with_open_files(open_files);
+            }
+            Arc::new(backends)
+        }
+        RuntimeKind::Docker => {
+            let owner = Owner { cluster: identity.cluster.clone(), drone: identity.name.clone() };
+            let docker = DockerConfig { socket: config.docker_socket, mount_base: config.mount_base };
+            // Nothing is taken on, and nobody is told that we are here, before it is done.
+            Arc::new(DockerRuntime::start(clock, data_dir.backends(), owner, docker).await?)
+        }
+    };
     let agent = Agent::new(clock, data_dir, backends, config.ip, inputs.clone())?;
     let session = Session::new(identity, clock, Discovery::new(config.controllers)?, inputs.clone());
     let stop = CancellationToken::new();

@@ -67,6 +67,7 @@ fn guarded_by(mut program: Command, command: &[&str], update: Update) -> Guarded
         cwd: dir.path().to_owned(),
         log: dir.path().join("output.log"),
         open_files: None,
+        container: None,
         update,
     };
     let mut stdin = guard.stdin.take().unwrap();

@@ -20,11 +20,15 @@
 //! 3. The death of the guard is the death of everything below it.
 //! 4. [`Report::Gone`] is the last report, and means that nothing is left.
 //!
+//! A container is held the same way, but started and killed by its engine or by its processes' numbers: see [`container`].
+//!
 //! Without the right to make a PID namespace (not root) the guard is a child subreaper and kills all its descendants
 //! instead, and a watcher beside it does so at the deadline in init's place. Then 3 holds for the backend's main process only; the drone looks for the rest by their environment.
 
 mod contain;
+mod container;
 mod deadline;
+mod engine;
 mod process;
 pub mod timeline;
 
@@ -54,8 +58,22 @@ pub struct Arm {
     /// Its limit of open files, if not the guard's.
     #[serde(default)]
     pub open_files: Option<OpenFiles>,
+    /// The container to start in place of the command, which is empty then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub container: Option<ContainerTarget>,
     /// The deadlines.
     pub update: Update,
+}
+
+/// A container that was created and not started.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerTarget {
+    /// The engine's Unix socket.
+    pub engine: PathBuf,
+    /// Its id, as the engine gave it.
+    pub id: String,
+    /// A file that is mounted into it, so that nobody can start it without.
+    pub permit: PathBuf,
 }
 
 /// Every later line to a guard: what the drone wants by now. The latest counts; an end that has begun is not taken back.

@@ -1,6 +1,7 @@
 //! The guard process itself.
 
 use super::contain::{Container, contain, kill_all, log_line};
+use super::container;
 use super::deadline::SharedDeadline;
 use super::timeline::{Step, Timeline};
 use super::{Arm, LINE_BYTES_MAX, Report, Update};
@@ -43,7 +44,10 @@ fn run() -> io::Result<()> {
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None)?;
     let mut input = Input::new();
     let Some(first) = input.first_line()? else { return Ok(()) };
-    let arm: Arm = serde_json::from_slice(&first).map_err(io::Error::other)?;
+    let mut arm: Arm = serde_json::from_slice(&first).map_err(io::Error::other)?;
+    if let Some(target) = arm.container.take() {
+        return container::guard(arm, target, &mut input);
+    }
     let mut children = SigSet::empty();
     children.add(Signal::SIGCHLD);
     let signals = SignalFd::with_flags(&children, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
@@ -219,11 +223,7 @@ impl Guard {
     fn wait(&self, input: &Input, signals: &SignalFd, timer: &BootTimer) -> io::Result<()> {
         let poll = |fd: RawFd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
         // A negative descriptor is left out by poll(2).
-        let mut fds = [
-            poll(signals.as_raw_fd()),
-            poll(timer.as_raw_fd()),
-            poll(if input.ended { -1 } else { libc::STDIN_FILENO }),
-        ];
+        let mut fds = [poll(signals.as_raw_fd()), poll(timer.as_raw_fd()), poll(input.poll_fd())];
         let timeout_ms = if self.killing { KILL_REPEAT_MS } else { -1 };
         // SAFETY: `fds` is a valid array of its length.
         let rc = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout_ms) };
@@ -237,11 +237,8 @@ impl Guard {
     }
 
     fn take_updates(&mut self, input: &mut Input) {
-        for line in input.lines() {
-            match serde_json::from_slice::<Update>(&line) {
-                Ok(update) => self.timeline.update(update),
-                Err(e) => log_line(&format!("unreadable line from the drone: {e}")),
-            }
+        for update in input.updates() {
+            self.timeline.update(update);
         }
         self.deadline.set(self.timeline.hard_at());
     }
@@ -259,7 +256,7 @@ impl NotStarted {
 }
 
 /// Writes a line to the drone. If the drone is gone, nobody is there to be told.
-fn report(report: &Report) {
+pub(super) fn report(report: &Report) {
     if let Ok(mut line) = serde_json::to_vec(report) {
         line.push(b'\n');
         let _ = io::stdout().write_all(&line);
@@ -268,7 +265,7 @@ fn report(report: &Report) {
 }
 
 /// The lines on stdin.
-struct Input {
+pub(super) struct Input {
     buffer: Vec<u8>,
     /// The drone is gone, or has sent what is no line.
     ended: bool,
@@ -292,7 +289,23 @@ impl Input {
         }
     }
 
-    /// What has arrived since, without waiting.
+    /// What the drone has said since, without waiting.
+    pub(super) fn updates(&mut self) -> Vec<Update> {
+        let read = |line: Vec<u8>| match serde_json::from_slice::<Update>(&line) {
+            Ok(update) => Some(update),
+            Err(e) => {
+                log_line(&format!("unreadable line from the drone: {e}"));
+                None
+            }
+        };
+        self.lines().into_iter().filter_map(read).collect()
+    }
+
+    /// What to wait for; negative once nothing more comes.
+    pub(super) fn poll_fd(&self) -> RawFd {
+        if self.ended { -1 } else { libc::STDIN_FILENO }
+    }
+
     fn lines(&mut self) -> Vec<Vec<u8>> {
         while !self.ended && readable_now(libc::STDIN_FILENO) {
             self.read_once();

@@ -1,5 +1,6 @@
-//! What can run a backend. One trait; the process runtime now, containers later.
+//! What can run a backend. One trait, two implementations: processes of this machine, and containers of its engine.
 
+pub mod docker;
 mod leftovers;
 pub mod process;
 mod watcher;

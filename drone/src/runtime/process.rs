@@ -77,6 +77,7 @@ impl ProcessRuntime {
             cwd: process.cwd.as_ref().map_or(paths.dir, PathBuf::from),
             log: paths.output_log,
             open_files: self.open_files,
+            container: None,
             update: update(self.clock, want),
         };
         let mut command = Command::new(&self.guard_program);

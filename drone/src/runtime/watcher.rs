@@ -29,7 +29,7 @@ const HUNT_EMPTY_LOOKS: u32 = 2;
 const GUARD_PATIENCE_MAX: Duration = Duration::from_secs(1);
 
 /// How long a guard that was told to kill is waited for.
-fn patience(kill_ms: u64) -> Duration {
+pub(super) fn patience(kill_ms: u64) -> Duration {
     GUARD_PATIENCE_MAX.min(Duration::from_millis(kill_ms) / 2)
 }
 
@@ -95,7 +95,7 @@ impl<'a> Watcher<'a> {
     /// Watches until nothing is left.
     pub(super) async fn watch(mut self, guard: Guard, mut want: watch::Receiver<Want>, mut told: Want) {
         let Guard { mut child, known, mut stdin, arm_line } = guard;
-        let mut unsent = Unsent { bytes: arm_line, sent: 0 };
+        let mut unsent = Unsent::new(arm_line);
         // What is wanted by now is not in `unsent`. Only the latest counts, so a guard that does not read holds up nothing.
         let mut newer = false;
         if let Some(stdout) = child.stdout.take() {
@@ -109,7 +109,7 @@ impl<'a> Watcher<'a> {
                 if newer && unsent.is_empty() {
                     newer = false;
                     match line(&update(self.clock, told)) {
-                        Ok(bytes) => unsent = Unsent { bytes, sent: 0 },
+                        Ok(bytes) => unsent = Unsent::new(bytes),
                         Err(e) => warn!(backend = self.backend, "an update that is no JSON: {e}"),
                     }
                 }
@@ -279,18 +279,22 @@ impl<'a> Watcher<'a> {
 }
 
 /// The rest of a line to the guard.
-struct Unsent {
+pub(super) struct Unsent {
     bytes: Vec<u8>,
     sent: usize,
 }
 
 impl Unsent {
-    fn is_empty(&self) -> bool {
+    pub(super) fn new(bytes: Vec<u8>) -> Self {
+        Self { bytes, sent: 0 }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
         self.sent >= self.bytes.len()
     }
 
     /// Sends a part of it. Nothing was sent if this is dropped before it is done.
-    async fn send(&mut self, pipe: &mut Option<ChildStdin>) -> io::Result<()> {
+    pub(super) async fn send(&mut self, pipe: &mut Option<ChildStdin>) -> io::Result<()> {
         if let (Some(pipe), Some(rest)) = (pipe, self.bytes.get(self.sent..)) {
             self.sent += pipe.write(rest).await?;
         }
