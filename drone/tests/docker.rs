@@ -75,8 +75,8 @@ async fn a_container_from_spawn_to_terminated() {
     assert_eq!(ended, expected);
     assert_eq!(alive(backend), 0);
     // It is kept for its output, and nobody can start it again.
-    assert!(docker(&["logs", &ground.container(backend)]).contains("listens"));
-    assert!(!docker_can(&["start", &ground.container(backend)]));
+    assert!(ground.docker(&["logs", &ground.container(backend)]).contains("listens"));
+    assert!(!ground.docker_can(&["start", &ground.container(backend)]));
 }
 
 #[tokio::test]
@@ -120,7 +120,7 @@ async fn a_hard_end_kills_at_once_also_a_paused_container() {
     let mut conn = fake.conn().await;
     let backend = "ba-paused";
     ready(&mut conn, backend, ground.executable(json!({}), json!({}))).await;
-    docker(&["pause", &ground.container(backend)]);
+    ground.docker(&["pause", &ground.container(backend)]);
     conn.act("end", backend, terminate(TerminationKind::Hard));
     conn.expect(backend, BackendStatus::HardTerminating).await;
     conn.expect(backend, BackendStatus::Terminated).await;
@@ -131,7 +131,7 @@ async fn a_hard_end_kills_at_once_also_a_paused_container() {
 async fn limits_and_network_are_the_engines() {
     let Some(ground) = Ground::new() else { return };
     let network = format!("{}-net", ground.name);
-    docker(&["network", "create", &network]);
+    ground.docker(&["network", "create", &network]);
     let mut fake = Fake::start(container_lease()).await;
     let _drone = ground.drone(&fake);
     let mut conn = fake.conn().await;
@@ -236,7 +236,7 @@ async fn only_the_drones_own_containers_are_ended_at_its_start() {
             arguments.extend(["--label", label]);
         }
         arguments.extend(["-e", "SESSION_BACKEND_ID=x", "-e", "PORT=8080", &ground.image]);
-        docker(&arguments);
+        ground.docker(&arguments);
         name
     };
     let backend = "io.holdfast.backend=ba-x";
@@ -246,17 +246,22 @@ async fn only_the_drones_own_containers_are_ended_at_its_start() {
     let nobodys = make("nobodys", &[]);
     let elsewhere = make("elsewhere", &["io.holdfast.cluster=other", "io.holdfast.drone=dr-test", backend]);
     for container in [&running, &others, &nobodys] {
-        docker(&["start", container]);
+        ground.docker(&["start", container]);
     }
     let mut fake = Fake::start(container_lease()).await;
     let _drone = ground.drone(&fake);
     // Once it is there, that is done.
     fake.conn().await;
     for container in [&created, &running] {
-        assert!(!docker_can(&["inspect", container]), "{container} is left");
+        assert!(!ground.docker_can(&["inspect", container]), "{container} is left");
     }
     for container in [&others, &nobodys, &elsewhere] {
-        let state = docker(&["inspect", "-f", "{{.State.Status}}", container]);
+        let state = ground.docker(&["inspect", "-f", "{{.State.Status}}", container]);
         assert_eq!(state, if container == &elsewhere { "created" } else { "running" }, "{container}");
     }
+    // And later on.
+    let later = make("later", &[&cluster, "io.holdfast.drone=dr-test", backend]);
+    ground.docker(&["start", &later]);
+    until("it is ended", || !ground.docker_can(&["inspect", &later])).await;
+    assert!(ground.docker_can(&["inspect", &others]));
 }

@@ -236,7 +236,10 @@ async fn a_start_that_the_engine_does_late_does_nothing() {
     proxy.set(Mode::Hang);
     terminated(&mut conn, backend).await;
     assert!(ground.exists(backend));
-    assert!(!docker_can(&["start", &ground.container(backend)]), "nobody can start it, past the proxy too");
+    assert!(
+        !ground.docker_can(&["start", &ground.container(backend)]),
+        "nobody can start it, past the proxy too"
+    );
     // The key is somebody else's by now; and now the engine goes on.
     proxy.set(Mode::Open);
     until("the engine is done with it", || !ground.exists(backend)).await;

@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on has failed")]
 #![allow(missing_docs, reason = "only the tests beside it use it")]
 
+pub mod engine;
 pub mod proxy;
 
 use crate::common::*;
@@ -23,23 +24,16 @@ use std::time::Duration;
 const ENGINE: &str = "/var/run/docker.sock";
 const PREFIX: &str = "holdfast-drone-test-";
 
-/// Runs `docker`, which must succeed; what it prints.
-pub fn docker(arguments: &[&str]) -> String {
-    let output = Command::new("docker").args(arguments).stdin(Stdio::null()).output().unwrap();
-    let problem = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "docker {arguments:?}: {problem}");
-    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+fn docker_at(engine: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new("docker");
+    command.arg("-H").arg(format!("unix://{}", engine.display())).args(arguments).stdin(Stdio::null());
+    command
 }
 
 /// Runs `docker`; whether it succeeds.
-pub fn docker_can(arguments: &[&str]) -> bool {
-    Command::new("docker")
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status()
-        .is_ok_and(|status| status.success())
+pub fn docker_can_at(engine: &Path, arguments: &[&str]) -> bool {
+    let status = docker_at(engine, arguments).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    status.is_ok_and(|status| status.success())
 }
 
 fn lines(text: &str) -> Vec<String> {
@@ -53,46 +47,45 @@ pub struct Ground {
     pub image: String,
     pub cluster: String,
     pub dir: tempfile::TempDir,
+    engine: PathBuf,
 }
 
 impl Drop for Ground {
     fn drop(&mut self) {
-        remove_all_of(&self.name);
+        remove_all_of(&self.engine, &self.name);
     }
 }
 
 /// Removes all containers, networks and images with this name in theirs. Nothing here may panic.
-fn remove_all_of(name: &str) {
+fn remove_all_of(engine: &Path, name: &str) {
     let list = |arguments: &[&str]| -> Vec<String> {
-        let output = Command::new("docker").args(arguments).stdin(Stdio::null()).output();
+        let output = docker_at(engine, arguments).output();
         output.map(|o| lines(&String::from_utf8_lossy(&o.stdout))).unwrap_or_default()
     };
     let filter = format!("name={name}");
     for container in list(&["ps", "-aq", "--filter", &filter]) {
-        docker_can(&["rm", "-f", "-v", &container]);
+        docker_can_at(engine, &["rm", "-f", "-v", &container]);
     }
     for network in list(&["network", "ls", "-q", "--filter", &filter]) {
-        docker_can(&["network", "rm", &network]);
+        docker_can_at(engine, &["network", "rm", &network]);
     }
-    docker_can(&["image", "rm", "-f", &format!("{name}:test")]);
+    docker_can_at(engine, &["image", "rm", "-f", &format!("{name}:test")]);
 }
 
 /// Removes what test processes that live no more have left.
-fn remove_leftovers() {
-    let all = docker(&["ps", "-a", "--format", "{{.Names}}"])
-        + "\n"
-        + &docker(&["images", "--format", "{{.Repository}}"])
-        + "\n"
-        + &docker(&["network", "ls", "--format", "{{.Name}}"]);
-    for line in all.lines() {
-        let Some(at) = line.find(PREFIX) else { continue };
-        let rest = &line[at + PREFIX.len()..];
-        let pid: String = rest.chars().take_while(char::is_ascii_digit).collect();
-        if !pid.is_empty() && !Path::new("/proc").join(&pid).exists() {
-            remove_all_of(&format!("{PREFIX}{pid}-"));
-            let images = docker(&["images", "--format", "{{.Repository}}:{{.Tag}}"]);
-            for image in images.lines().filter(|image| image.starts_with(&format!("{PREFIX}{pid}-"))) {
-                docker_can(&["image", "rm", "-f", image]);
+fn remove_leftovers(engine: &Path) {
+    for what in [
+        ["ps", "-a", "--format", "{{.Names}}"].as_slice(),
+        &["images", "--format", "{{.Repository}}"],
+        &["network", "ls", "--format", "{{.Name}}"],
+    ] {
+        let output = docker_at(engine, what).output().unwrap();
+        for line in String::from_utf8_lossy(&output.stdout).lines() {
+            let Some(at) = line.find(PREFIX) else { continue };
+            let mut parts = line[at + PREFIX.len()..].split(['-', '.', ':', '_']);
+            let (Some(pid), Some(count)) = (parts.next(), parts.next()) else { continue };
+            if !Path::new("/proc").join(pid).exists() {
+                remove_all_of(engine, &format!("{PREFIX}{pid}-{count}"));
             }
         }
     }
@@ -124,15 +117,26 @@ fn program() -> PathBuf {
 impl Ground {
     /// None where there is no container engine: a test has nothing to run on there.
     pub fn new() -> Option<Self> {
+        Self::on(Path::new(ENGINE))
+    }
+
+    /// On this engine.
+    pub fn on(engine: &Path) -> Option<Self> {
         static COUNT: AtomicUsize = AtomicUsize::new(0);
-        if !docker_can(&["version"]) {
+        if !docker_can_at(engine, &["version"]) {
             let _ = writeln!(std::io::stderr(), "SKIP: no container engine answers `docker version`");
             return None;
         }
-        remove_leftovers();
+        remove_leftovers(engine);
         let name = format!("{PREFIX}{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::SeqCst));
         let dir = tempfile::tempdir().unwrap();
-        let ground = Self { image: format!("{name}:test"), cluster: format!("{name}.example:1"), name, dir };
+        let ground = Self {
+            image: format!("{name}:test"),
+            cluster: format!("{name}.example:1"),
+            name,
+            dir,
+            engine: engine.to_owned(),
+        };
         std::fs::create_dir(ground.mount_base()).unwrap();
         let root = ground.dir.path().join("root");
         std::fs::create_dir(&root).unwrap();
@@ -142,8 +146,21 @@ impl Ground {
             "FROM scratch\nCOPY backend /backend\nENTRYPOINT [\"/backend\"]\n",
         )
         .unwrap();
-        docker(&["build", "--quiet", "-t", &ground.image, root.to_str().unwrap()]);
+        ground.docker(&["build", "--quiet", "-t", &ground.image, root.to_str().unwrap()]);
         Some(ground)
+    }
+
+    /// Runs `docker`, which must succeed; what it prints.
+    pub fn docker(&self, arguments: &[&str]) -> String {
+        let output = docker_at(&self.engine, arguments).output().unwrap();
+        let problem = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "docker {arguments:?}: {problem}");
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    }
+
+    /// Runs `docker`; whether it succeeds.
+    pub fn docker_can(&self, arguments: &[&str]) -> bool {
+        docker_can_at(&self.engine, arguments)
     }
 
     pub fn mount_base(&self) -> PathBuf {
@@ -152,7 +169,7 @@ impl Ground {
 
     /// A drone on the engine itself.
     pub fn drone(&self, fake: &Fake) -> Drone {
-        self.drone_at(fake, Path::new(ENGINE))
+        self.drone_at(fake, &self.engine)
     }
 
     /// A drone that sees the engine at another socket.
@@ -177,7 +194,7 @@ impl Ground {
     }
 
     pub fn proxy(&self) -> Proxy {
-        Proxy::start(&self.dir.path().join("engine.sock"), Path::new(ENGINE))
+        Proxy::start(&self.dir.path().join("engine.sock"), &self.engine)
     }
 
     fn log_path(&self) -> PathBuf {
@@ -196,12 +213,12 @@ impl Ground {
 
     /// What the engine knows of a backend's container.
     pub fn inspect(&self, backend: &str) -> Value {
-        let all: Value = serde_json::from_str(&docker(&["inspect", &self.container(backend)])).unwrap();
+        let all: Value = serde_json::from_str(&self.docker(&["inspect", &self.container(backend)])).unwrap();
         all[0].clone()
     }
 
     pub fn exists(&self, backend: &str) -> bool {
-        docker_can(&["inspect", &self.container(backend)])
+        self.docker_can(&["inspect", &self.container(backend)])
     }
 
     /// An executable with this environment and the other fields of `with`.
