@@ -69,7 +69,11 @@ fn remove_all_of(engine: &Path, name: &str) {
     for network in list(&["network", "ls", "-q", "--filter", &filter]) {
         docker_can_at(engine, &["network", "rm", &network]);
     }
-    docker_can_at(engine, &["image", "rm", "-f", &format!("{name}:test")]);
+    for image in list(&["images", "--format", "{{.Repository}}:{{.Tag}}"]) {
+        if image.contains(name) {
+            docker_can_at(engine, &["image", "rm", "-f", &image]);
+        }
+    }
 }
 
 /// Removes what test processes that live no more have left.
@@ -92,7 +96,7 @@ fn remove_leftovers(engine: &Path) {
 }
 
 /// Builds the backend, once for all tests.
-fn program() -> PathBuf {
+pub fn program() -> PathBuf {
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
     std::fs::create_dir_all(dir).unwrap();
     let lock = std::fs::File::create(dir.join("docker-backend.lock")).unwrap();
