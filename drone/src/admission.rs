@@ -83,6 +83,11 @@ impl Admission {
         Verdict::Start
     }
 
+    /// An earlier process has taken it on; its spawn may still be repeated until this moment.
+    pub fn adopted(&mut self, backend: &str, soft_terminate_at: i64) {
+        self.accepted.insert(backend.to_owned(), soft_terminate_at);
+    }
+
     /// The backend has ended and its report is acknowledged: remember the id only as long as it is needed.
     pub fn finished(&mut self, backend: &str) {
         if let Some(until) = self.accepted.get(backend) {

@@ -2,8 +2,11 @@
 //! everything that happens. What it decides is decided by the pure parts; it carries the results between them.
 
 use crate::admission::{Admission, Verdict};
+use crate::adopt::Left;
 use crate::clock::{AsyncBootTimer, DroneClock};
 use crate::data_dir::{BackendsDir, DataDir, DataDirError};
+use crate::guard::{EndNow, Update};
+use crate::journal::Record;
 use crate::lease::{Duty, LeaseKeeper, Renewal};
 use crate::life::{Effects, Fact, Life};
 use crate::outbox::Outbox;
@@ -11,6 +14,7 @@ use crate::ports::Ports;
 use crate::readiness;
 use crate::runtime::{BackendSpec, Runtime, Want};
 use crate::session::SessionEvent;
+use futures::future::BoxFuture;
 use holdfast_wire::drone::{
     AcquiredKey, Action, ActionMessage, ControllerHandshake, MessageFromDrone, MessageToDrone, RenewItem,
     RenewKeysRequest, RenewKeysResponse,
@@ -19,8 +23,10 @@ use holdfast_wire::http::Executable;
 use holdfast_wire::lease::KILL_MS_MAX;
 use holdfast_wire::limits::RENEW_KEYS_MAX;
 use holdfast_wire::names::check_name;
-use holdfast_wire::{BackendState, BackendStatus, LeaseConfig, TerminationKind, TerminationReason};
-use std::collections::{BTreeMap, HashSet};
+use holdfast_wire::{
+    BackendState, BackendStatus, Deadlines, LeaseConfig, TerminationKind, TerminationReason,
+};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -57,6 +63,8 @@ pub enum Input {
     },
     /// To stop; the second time, at once.
     Stop,
+    /// To go and end nothing: guards hold the deadlines until the next drone adopts them.
+    Leave,
 }
 
 /// Why a drone gives up.
@@ -106,18 +114,25 @@ pub struct Agent {
     /// The id of a new cluster, while the old one's backends are being ended.
     moving_to: Option<String>,
     stopping: Option<Stopping>,
+    /// Backends of earlier drones whose keys no controller has renewed or refused yet. Nothing is started before.
+    unconfirmed: BTreeSet<String>,
+    boot_id: String,
+    /// It was told to leave.
+    left: bool,
 }
 
 impl Agent {
-    /// An agent without backends. `inputs` is the other end of what [`Agent::run`] is given.
+    /// An agent with what earlier drones have left. `inputs` is the other end of what [`Agent::run`] is given.
     pub fn new(
         clock: DroneClock,
         data_dir: DataDir,
         runtime: Arc<dyn Runtime>,
         ip: IpAddr,
         inputs: mpsc::Sender<Input>,
+        boot_id: String,
+        left: Vec<Left>,
     ) -> Result<Self, AgentError> {
-        Ok(Self {
+        let mut agent = Self {
             clock,
             cluster_id: data_dir.cluster_id()?,
             dirs: data_dir.backends(),
@@ -133,7 +148,82 @@ impl Agent {
             lease: None,
             moving_to: None,
             stopping: None,
-        })
+            unconfirmed: BTreeSet::new(),
+            boot_id,
+            left: false,
+        };
+        for one in left {
+            agent.adopt(one);
+        }
+        Ok(agent)
+    }
+
+    /// Takes on what an earlier drone has left. Its guard, or its outcome, tells what has happened; what was reported before
+    /// is reported again, which changes nothing.
+    fn adopt(&mut self, left: Left) {
+        let now = self.clock.now_ms();
+        let Record { backend: id, token, address, soft_boot_ms, hard_boot_ms, .. } = left.record().clone();
+        let mut deadlines = Deadlines {
+            renew_at: now,
+            soft_terminate_at: self.clock.of_boot_ms(soft_boot_ms),
+            hard_terminate_at: self.clock.of_boot_ms(hard_boot_ms),
+        };
+        let mut end = None;
+        if let Left::Guarded(_, link) = &left {
+            let Update { soft_boot_ms, hard_boot_ms, end: begun } = link.hello.update;
+            deadlines.soft_terminate_at = self.clock.of_boot_ms(soft_boot_ms);
+            deadlines.hard_terminate_at = self.clock.of_boot_ms(hard_boot_ms);
+            end = begun;
+        }
+        deadlines.renew_at = now.min(deadlines.soft_terminate_at.saturating_sub(1));
+        let kind = end.map(|end| match end {
+            EndNow::Soft { .. } => TerminationKind::Soft,
+            EndNow::Hard => TerminationKind::Hard,
+        });
+        let kill_at = match end {
+            Some(EndNow::Soft { kill_boot_ms }) => self.clock.of_boot_ms(kill_boot_ms),
+            _ => deadlines.hard_terminate_at,
+        };
+        let first = Want { deadlines, end: kind, kill_at, kill_ms: self.kill_ms() };
+        let (want, wants) = watch::channel(first);
+        self.admission.adopted(&id, deadlines.soft_terminate_at);
+        self.ports.keep(address);
+        self.backends.insert(id.clone(), Backend { life: Life::new(address), token, address, want });
+        let runtime = Arc::clone(&self.runtime);
+        let (sender, facts) = mpsc::channel(FACTS_MAX);
+        let over = async |sender: mpsc::Sender<Fact>, all: Vec<Fact>| {
+            for fact in all.into_iter().chain([Fact::Gone]) {
+                // Without a listener the drone is ending.
+                let _ = sender.send(fact).await;
+            }
+        };
+        let run: BoxFuture<'static, ()> = match left {
+            Left::Guarded(_, link) => {
+                self.keeper.acquired(&id, token, deadlines);
+                self.unconfirmed.insert(id.clone());
+                if let Some(kind) = kind {
+                    // An end that was begun goes on; who asked for it is not known here any more.
+                    if let Some(backend) = self.backends.get_mut(&id) {
+                        let states = backend.life.end(kind, TerminationReason::External).states;
+                        self.carry_out(&id, Effects { states, end: None }, kill_at);
+                    }
+                    self.keeper.ending(&id);
+                }
+                runtime.adopt(id.clone(), *link, wants, sender)
+            }
+            Left::Ended(_, reports) => Box::pin(over(sender, reports.iter().filter_map(Fact::of).collect())),
+            Left::OtherBoot(_) => Box::pin(over(sender, vec![Fact::Lost])),
+            Left::Unguarded(_) => {
+                let end_left = runtime.end_left(id.clone());
+                Box::pin(async move {
+                    end_left.await;
+                    over(sender, vec![Fact::Lost]).await;
+                })
+            }
+        };
+        info!(backend = id, token, "left by an earlier drone");
+        let inputs = self.inputs.clone();
+        tokio::spawn(async move { tokio::join!(run, pass_on(id, address, facts, inputs)) });
     }
 
     /// Runs until it was told to stop and has ended its backends.
@@ -171,6 +261,13 @@ impl Agent {
             }
             Input::Backend { id, fact } => self.fact(&id, fact)?,
             Input::Stop => self.stop(),
+            Input::Leave => {
+                info!(
+                    backends = self.backends.len(),
+                    "leaving the backends to their guards and the next drone"
+                );
+                self.left = true;
+            }
         }
         Ok(())
     }
@@ -256,6 +353,7 @@ impl Agent {
             for id in std::mem::take(&mut self.backends).into_keys() {
                 self.outbox.forget(&id);
                 self.admission.finished(&id);
+                self.forget_journal(id);
             }
         }
         Ok(())
@@ -265,6 +363,9 @@ impl Agent {
         match message {
             // Repeated by the controller until the old cluster's backends are gone, or reports got through.
             MessageToDrone::Action(_) if self.moving_to.is_some() || self.outbox.is_full() => {}
+            // Repeated until it is known which of the earlier drones' backends still hold their keys.
+            MessageToDrone::Action(ActionMessage { action: Action::Spawn { .. }, .. })
+                if !self.unconfirmed.is_empty() => {}
             MessageToDrone::Action(action) => self.action(action),
             MessageToDrone::AckEvent { event_id } => {
                 if let Some(event) = self.outbox.acknowledged(event_id)
@@ -272,6 +373,7 @@ impl Agent {
                 {
                     self.backends.remove(&event.backend_id);
                     self.admission.finished(&event.backend_id);
+                    self.forget_journal(event.backend_id);
                 }
             }
             MessageToDrone::RenewKeysResponse(response) => self.renewed(response),
@@ -296,6 +398,7 @@ impl Agent {
         let now = self.clock.now_ms();
         let kill_ms = self.kill_ms();
         for key in response.keys {
+            self.unconfirmed.remove(&key.backend);
             if let Some(deadlines) = key.deadlines {
                 match self.keeper.renewed(&key.backend, deadlines, now) {
                     Renewal::Extended => {
@@ -409,6 +512,15 @@ impl Agent {
         let effects = life.begin();
         self.backends.insert(id.to_owned(), Backend { life, token: key.token, address, want });
         self.carry_out(id, effects, now);
+        let record = Record {
+            boot_id: self.boot_id.clone(),
+            backend: id.to_owned(),
+            key: key.key.clone(),
+            token: key.token,
+            address,
+            soft_boot_ms: self.clock.to_boot_ms(key.deadlines.soft_terminate_at),
+            hard_boot_ms: self.clock.to_boot_ms(key.deadlines.hard_terminate_at),
+        };
         let spec = BackendSpec {
             id: id.to_owned(),
             executable,
@@ -417,7 +529,8 @@ impl Agent {
             static_token,
             address,
         };
-        tokio::spawn(watch_backend(Arc::clone(&self.runtime), spec, wants, self.inputs.clone()));
+        let (runtime, dirs, inputs) = (Arc::clone(&self.runtime), self.dirs.clone(), self.inputs.clone());
+        tokio::spawn(run_backend(runtime, dirs, record, spec, wants, inputs));
     }
 
     /// Begins an end; grace ends at `kill_at` or the hard deadline. False if there is nothing to begin.
@@ -454,6 +567,7 @@ impl Agent {
         }
         if gone {
             self.keeper.ended(id);
+            self.unconfirmed.remove(id);
             self.ports.release(address);
             self.move_on()?;
         }
@@ -477,6 +591,16 @@ impl Agent {
         }
     }
 
+    /// The end of a backend is acknowledged, or is nobody's business any more.
+    fn forget_journal(&self, id: String) {
+        let dirs = self.dirs.clone();
+        tokio::task::spawn_blocking(move || {
+            if let Err(e) = dirs.remove_journal(&id) {
+                warn!(backend = id, "its journal is not removed, so its end will be reported again: {e}");
+            }
+        });
+    }
+
     fn stop(&mut self) {
         let now = self.clock.now_ms();
         if self.stopping.is_some() {
@@ -494,6 +618,9 @@ impl Agent {
 
     /// Whether it was told to stop and everything is ended and reported, or has taken too long.
     fn has_stopped(&mut self) -> bool {
+        if self.left {
+            return true;
+        }
         let Some(stopping) = &mut self.stopping else { return false };
         let now = self.clock.now_ms();
         if self.backends.values().all(|b| b.life.is_over()) {
@@ -532,41 +659,59 @@ impl Agent {
     }
 }
 
-/// Runs one backend and watches for its first answer; tells the agent what it finds.
-async fn watch_backend(
+/// Makes a backend's record durable, runs it, and tells the agent what is found.
+async fn run_backend(
     runtime: Arc<dyn Runtime>,
+    dirs: BackendsDir,
+    record: Record,
     spec: BackendSpec,
     wants: watch::Receiver<Want>,
     inputs: mpsc::Sender<Input>,
 ) {
     let (id, address) = (spec.id.clone(), spec.address);
-    let (sender, mut facts) = mpsc::channel(FACTS_MAX);
-    let run = runtime.run(spec, wants, sender);
-    let pass_on = async {
-        // Polled only from the moment when the backend runs until it has answered.
-        let ready = readiness::answers(address);
-        tokio::pin!(ready);
-        let mut asking = false;
-        loop {
-            let fact = tokio::select! {
-                fact = facts.recv() => match fact {
-                    Some(fact) => fact,
-                    None => return,
-                },
-                answered = &mut ready, if asking => {
-                    asking = false;
-                    if answered { Fact::Ready } else { Fact::StartupTimeout }
-                }
-            };
-            match fact {
-                Fact::Started => asking = true,
-                Fact::Exited(_) | Fact::Killing => asking = false,
-                _ => {}
-            }
-            if inputs.send(Input::Backend { id: id.clone(), fact }).await.is_err() {
-                return;
-            }
+    let (sender, facts) = mpsc::channel(FACTS_MAX);
+    let run = async {
+        let written = tokio::task::spawn_blocking(move || dirs.write_journal(&record)).await;
+        if let Err(e) = written.map_err(io::Error::other).flatten() {
+            warn!(backend = spec.id, "not started: its journal cannot be written: {e}");
+            // Without a listener the drone is ending.
+            let _ = sender.send(Fact::Failed).await;
+            let _ = sender.send(Fact::Gone).await;
+            return;
         }
+        runtime.run(spec, wants, sender).await;
     };
-    tokio::join!(run, pass_on);
+    tokio::join!(run, pass_on(id, address, facts, inputs));
+}
+
+/// Passes on what is found of a backend, and asks for its first answer from the moment when it runs.
+async fn pass_on(
+    id: String,
+    address: SocketAddr,
+    mut facts: mpsc::Receiver<Fact>,
+    inputs: mpsc::Sender<Input>,
+) {
+    let ready = readiness::answers(address);
+    tokio::pin!(ready);
+    let mut asking = false;
+    loop {
+        let fact = tokio::select! {
+            fact = facts.recv() => match fact {
+                Some(fact) => fact,
+                None => return,
+            },
+            answered = &mut ready, if asking => {
+                asking = false;
+                if answered { Fact::Ready } else { Fact::StartupTimeout }
+            }
+        };
+        match fact {
+            Fact::Started => asking = true,
+            Fact::Exited(_) | Fact::Killing => asking = false,
+            _ => {}
+        }
+        if inputs.send(Input::Backend { id: id.clone(), fact }).await.is_err() {
+            return;
+        }
+    }
 }

@@ -50,6 +50,11 @@ impl DroneClock {
         boot_ms() + self.offset_ms
     }
 
+    /// The moment of drone time that is `boot_ms` of `CLOCK_BOOTTIME`, both in milliseconds.
+    pub fn of_boot_ms(&self, boot_ms: i64) -> i64 {
+        boot_ms.saturating_add(self.offset_ms)
+    }
+
     /// The moment of `CLOCK_BOOTTIME` that is `drone_ms` in drone time, both in milliseconds.
     pub fn to_boot_ms(&self, drone_ms: i64) -> i64 {
         drone_ms.saturating_sub(self.offset_ms)

@@ -25,6 +25,7 @@
 //! 6. Every queue, log, map and wait has a named bound (7).
 
 pub mod admission;
+pub mod adopt;
 pub mod agent;
 pub mod cgroup;
 pub mod clock;
@@ -32,6 +33,7 @@ pub mod config;
 pub mod data_dir;
 pub mod discovery;
 pub mod guard;
+pub mod journal;
 pub mod lease;
 pub mod life;
 pub mod open_files;

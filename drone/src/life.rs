@@ -7,6 +7,7 @@
 //! 2. `terminated` is reported only on [`Fact::Gone`]: nothing of the backend is left.
 //! 3. An end that has begun is never taken back; it can only turn from soft to hard.
 
+use crate::guard::Report;
 use holdfast_wire::{BackendState, BackendStatus, TerminationKind, TerminationReason};
 use std::net::SocketAddr;
 
@@ -31,10 +32,28 @@ pub enum Fact {
     Killing,
     /// Its main process has ended; no code if a signal ended it.
     Exited(Option<i32>),
+    /// Nothing of it is left, and nobody has seen its end: the machine was started anew, or its guard was killed.
+    Lost,
     /// What it uses, as the controllers are told it.
     Metrics(serde_json::Value),
     /// Nothing of it is left.
     Gone,
+}
+
+impl Fact {
+    /// What a guard's report says of the backend, if anything. That nothing of it is left is a fact only once its guard has
+    /// ended too.
+    pub fn of(report: &Report) -> Option<Self> {
+        match report {
+            Report::Contained { .. } | Report::Uncontained { .. } | Report::Gone => None,
+            Report::Started { .. } => Some(Self::Started),
+            Report::NotStarted { late: true, .. } => Some(Self::StartedTooLate),
+            Report::NotStarted { late: false, .. } => Some(Self::Failed),
+            Report::SoftDeadline => Some(Self::SoftDeadline),
+            Report::Killing => Some(Self::Killing),
+            Report::Exited { code, .. } => Some(Self::Exited(*code)),
+        }
+    }
 }
 
 /// What has to be done after an input.
@@ -114,6 +133,7 @@ impl Life {
                 let reason = self.end.map_or(TerminationReason::KeyExpired, |end| end.reason);
                 return self.end(TerminationKind::Hard, reason);
             }
+            Fact::Lost => self.failure = Some(TerminationReason::Lost),
             // No part of a life.
             Fact::Metrics(_) => {}
             Fact::Exited(code) => {

@@ -1,12 +1,14 @@
 //! `holdfast-drone`: see the library.
 
 use clap::Parser;
+use holdfast_drone::adopt;
 use holdfast_drone::agent::{Agent, INPUTS_MAX, Input};
 use holdfast_drone::clock::DroneClock;
 use holdfast_drone::config::{Config, Flags, RuntimeKind};
 use holdfast_drone::data_dir::DataDir;
 use holdfast_drone::discovery::Discovery;
 use holdfast_drone::guard::{self, GUARD_ARGUMENT};
+use holdfast_drone::journal;
 use holdfast_drone::open_files::OpenFiles;
 use holdfast_drone::runtime::Runtime;
 use holdfast_drone::runtime::docker::{DockerConfig, DockerRuntime, Owner};
@@ -113,7 +115,10 @@ async fn run(
             Arc::new(DockerRuntime::start(clock, data_dir.backends(), owner, docker).await?)
         }
     };
-    let agent = Agent::new(clock, data_dir, backends, config.ip, inputs.clone())?;
+    let boot_id = journal::boot_id()?;
+    // Before anything is taken on: what an earlier drone has left is known, and what nobody knows is ended.
+    let left = adopt::find(&data_dir.backends(), backends.as_ref(), &boot_id).await?;
+    let agent = Agent::new(clock, data_dir, backends, config.ip, inputs.clone(), boot_id, left)?;
     let session = Session::new(identity, clock, Discovery::new(config.controllers)?, inputs.clone());
     let stop = CancellationToken::new();
     let session = tokio::spawn(session.run(stop.clone()));
@@ -127,17 +132,19 @@ async fn run(
     Ok(result?)
 }
 
-/// Tells the agent of SIGTERM and SIGINT.
+/// Tells the agent of SIGTERM, SIGINT and SIGHUP.
 fn pass_on_signals(inputs: mpsc::Sender<Input>) -> io::Result<impl Future<Output = ()>> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hang_up = signal(SignalKind::hangup())?;
     Ok(async move {
         loop {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
-            if inputs.send(Input::Stop).await.is_err() {
+            let input = tokio::select! {
+                _ = terminate.recv() => Input::Stop,
+                _ = interrupt.recv() => Input::Stop,
+                _ = hang_up.recv() => Input::Leave,
+            };
+            if inputs.send(input).await.is_err() {
                 return;
             }
         }

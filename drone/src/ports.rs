@@ -54,6 +54,11 @@ impl Ports {
         }
     }
 
+    /// A backend of an earlier drone has this address.
+    pub fn keep(&mut self, address: SocketAddr) {
+        self.given.insert(address.port());
+    }
+
     /// The backend has ended.
     pub fn release(&mut self, address: SocketAddr) {
         self.given.remove(&address.port());

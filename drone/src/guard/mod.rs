@@ -29,6 +29,7 @@ mod contain;
 mod container;
 mod deadline;
 mod engine;
+pub(crate) mod peer;
 mod process;
 pub mod timeline;
 
@@ -74,6 +75,23 @@ pub struct ContainerTarget {
     pub id: String,
     /// A file that is mounted into it, so that nobody can start it without.
     pub permit: PathBuf,
+}
+
+/// Version of what is said through the socket. Fields that one side does not know are ignored by it.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// The first line to a later drone; the reports so far follow.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// [`PROTOCOL_VERSION`] of the guard.
+    pub version: u32,
+    /// The backend that it guards.
+    pub backend: String,
+    /// What was wanted last.
+    pub update: Update,
+    /// The container, if it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub container: Option<ContainerTarget>,
 }
 
 /// Every later line to a guard: what the drone wants by now. The latest counts; an end that has begun is not taken back.

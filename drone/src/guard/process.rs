@@ -3,8 +3,9 @@
 use super::contain::{Container, contain, kill_all, log_line};
 use super::container;
 use super::deadline::SharedDeadline;
+pub(super) use super::peer::{Input, report};
 use super::timeline::{Step, Timeline};
-use super::{Arm, LINE_BYTES_MAX, Report, Update};
+use super::{Arm, Report};
 use crate::clock::{BootTimer, boot_ms};
 use nix::errno::Errno;
 use nix::sys::prctl;
@@ -13,8 +14,8 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, setsid};
 use std::fs::OpenOptions;
-use std::io::{self, Write};
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode, Stdio};
 
@@ -42,9 +43,11 @@ fn run() -> io::Result<()> {
     let _ = prctl::set_name(c"holdfast-guard");
     // The guard outlives Ctrl-C, hang-ups and a drone's stop; children of ours unblock everything again.
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None)?;
-    let mut input = Input::new();
-    let Some(first) = input.first_line()? else { return Ok(()) };
+    let mut input = Input::new()?;
+    let Some(first) = input.first_line() else { return Ok(()) };
     let mut arm: Arm = serde_json::from_slice(&first).map_err(io::Error::other)?;
+    let backend = std::env::args().nth(2).unwrap_or_default();
+    input.listen(&backend, &arm);
     if let Some(target) = arm.container.take() {
         return container::guard(arm, target, &mut input);
     }
@@ -253,92 +256,4 @@ impl NotStarted {
     fn from_io(e: io::Error) -> Self {
         Self { late: false, problem: e.to_string() }
     }
-}
-
-/// Writes a line to the drone. If the drone is gone, nobody is there to be told.
-pub(super) fn report(report: &Report) {
-    if let Ok(mut line) = serde_json::to_vec(report) {
-        line.push(b'\n');
-        let _ = io::stdout().write_all(&line);
-        let _ = io::stdout().flush();
-    }
-}
-
-/// The lines on stdin.
-pub(super) struct Input {
-    buffer: Vec<u8>,
-    /// The drone is gone, or has sent what is no line.
-    ended: bool,
-}
-
-impl Input {
-    fn new() -> Self {
-        Self { buffer: Vec::new(), ended: false }
-    }
-
-    /// Waits for the first line; none if the drone goes away before it.
-    fn first_line(&mut self) -> io::Result<Option<Vec<u8>>> {
-        loop {
-            if let Some(line) = self.take_line() {
-                return Ok(Some(line));
-            }
-            if self.ended {
-                return Ok(None);
-            }
-            self.read_once();
-        }
-    }
-
-    /// What the drone has said since, without waiting.
-    pub(super) fn updates(&mut self) -> Vec<Update> {
-        let read = |line: Vec<u8>| match serde_json::from_slice::<Update>(&line) {
-            Ok(update) => Some(update),
-            Err(e) => {
-                log_line(&format!("unreadable line from the drone: {e}"));
-                None
-            }
-        };
-        self.lines().into_iter().filter_map(read).collect()
-    }
-
-    /// What to wait for; negative once nothing more comes.
-    pub(super) fn poll_fd(&self) -> RawFd {
-        if self.ended { -1 } else { libc::STDIN_FILENO }
-    }
-
-    fn lines(&mut self) -> Vec<Vec<u8>> {
-        while !self.ended && readable_now(libc::STDIN_FILENO) {
-            self.read_once();
-        }
-        std::iter::from_fn(|| self.take_line()).collect()
-    }
-
-    fn take_line(&mut self) -> Option<Vec<u8>> {
-        let end = self.buffer.iter().position(|b| *b == b'\n')?;
-        let mut line: Vec<u8> = self.buffer.drain(..=end).collect();
-        line.pop();
-        Some(line)
-    }
-
-    fn read_once(&mut self) {
-        let mut chunk = [0u8; 16 * 1024];
-        // SAFETY: descriptor 0 stays open for the life of the guard.
-        let stdin = unsafe { BorrowedFd::borrow_raw(libc::STDIN_FILENO) };
-        match nix::unistd::read(stdin, &mut chunk) {
-            Ok(0) => self.ended = true,
-            Ok(n) => self.buffer.extend_from_slice(&chunk[..n]),
-            Err(Errno::EINTR) => {}
-            Err(_) => self.ended = true,
-        }
-        if self.buffer.len() > LINE_BYTES_MAX {
-            log_line("a line from the drone is too long");
-            self.ended = true;
-        }
-    }
-}
-
-fn readable_now(fd: RawFd) -> bool {
-    let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-    // SAFETY: one valid pollfd.
-    unsafe { libc::poll(&raw mut poll, 1, 0) > 0 }
 }

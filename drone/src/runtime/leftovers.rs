@@ -4,6 +4,8 @@
 //! guard (and was not there before the drone: a shell may `exec` it) was left by a guard.
 
 use super::ENV_BACKEND_ID;
+use super::watcher::{HUNT_EMPTY_LOOKS, HUNT_INTERVAL};
+use crate::data_dir::BackendsDir;
 use crate::processes::{self, Process};
 use nix::sys::prctl;
 use nix::sys::signal::{Signal, kill};
@@ -13,6 +15,7 @@ use std::collections::{BTreeSet, HashSet};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::process::{Child, Command};
+use tracing::warn;
 
 /// The children of this process that nobody left behind: guards, and what was there before.
 #[derive(Debug, Clone)]
@@ -92,6 +95,37 @@ impl Family {
         }
         all.iter().filter(|p| p.parent == self.own_pid && !known.contains(&p.pid)).copied().collect()
     }
+}
+
+/// Kills a backend's guard, whoever started it, and what names the backend in its environment, until nothing is found any
+/// more and nothing holds the backend's directory.
+pub(super) async fn end_left(dirs: BackendsDir, backend: String) {
+    let mut empty_looks = 0;
+    while empty_looks < HUNT_EMPTY_LOOKS {
+        let (dirs, id) = (dirs.clone(), backend.clone());
+        let look = move || {
+            let all = processes::all();
+            let left = all.iter().filter(|p| !p.zombie && (is_of_guard(p.pid, &id) || names(p.pid, &id)));
+            let mut found = false;
+            for process in left {
+                found = true;
+                let _ = kill(Pid::from_raw(process.pid), Signal::SIGKILL);
+            }
+            found || dirs.is_guarded(&id)
+        };
+        match tokio::task::spawn_blocking(look).await {
+            Ok(false) => empty_looks += 1,
+            Ok(true) => empty_looks = 0,
+            Err(e) => warn!(backend, "the hunt for what is left failed: {e}"),
+        }
+        tokio::time::sleep(HUNT_INTERVAL).await;
+    }
+}
+
+/// Whether a process is a backend's guard, or was forked by it (as the namespace's init is).
+pub(super) fn is_of_guard(pid: i32, backend: &str) -> bool {
+    let command = [b"holdfast-drone\0guard\0", backend.as_bytes(), b"\0"].concat();
+    std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|found| found == command)
 }
 
 /// Reaps a process that has ended, if it is a child of ours.

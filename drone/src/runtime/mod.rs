@@ -5,6 +5,7 @@ mod leftovers;
 pub mod process;
 mod watcher;
 
+use crate::adopt::Link;
 use crate::life::Fact;
 use futures::future::BoxFuture;
 use holdfast_wire::http::Executable;
@@ -73,4 +74,17 @@ pub trait Runtime: Send + Sync + 'static {
         want: watch::Receiver<Want>,
         facts: mpsc::Sender<Fact>,
     ) -> BoxFuture<'static, ()>;
+
+    /// Goes on to run a backend of an earlier drone, through its guard, which repeats all that it has reported. Else as
+    /// [`Runtime::run`]. What is wanted at first is what the guard was told last.
+    fn adopt(
+        &self,
+        id: String,
+        link: Link,
+        want: watch::Receiver<Want>,
+        facts: mpsc::Sender<Fact>,
+    ) -> BoxFuture<'static, ()>;
+
+    /// Ends whatever earlier drones may have left of a backend, its guard first; done when nothing of it is left.
+    fn end_left(&self, id: String) -> BoxFuture<'static, ()>;
 }

@@ -1,8 +1,9 @@
 //! Backends as processes of this machine, each under a guard process.
 
-use super::leftovers::Family;
+use super::leftovers::{Family, end_left};
 use super::watcher::{Guard, Watcher, line, tell};
 use super::{BackendSpec, Runtime, Want};
+use crate::adopt::Link;
 use crate::clock::DroneClock;
 use crate::data_dir::BackendsDir;
 use crate::guard::{Arm, EndNow, GUARD_ARGUMENT, Update};
@@ -93,9 +94,8 @@ impl ProcessRuntime {
             // Ctrl-C at the drone's terminal is for the drone alone.
             .process_group(0);
         let arm_line = line(&arm)?;
-        let (mut child, known) = self.family.spawn(&mut command)?;
-        let stdin = child.stdin.take();
-        Ok(Guard { child, known, stdin, arm_line })
+        let (child, known) = self.family.spawn(&mut command)?;
+        Ok(Guard::started(child, Some(known), arm_line))
     }
 
     async fn run_backend(self, spec: BackendSpec, want: watch::Receiver<Want>, facts: mpsc::Sender<Fact>) {
@@ -124,7 +124,37 @@ impl ProcessRuntime {
     }
 }
 
+impl ProcessRuntime {
+    async fn watch_adopted(
+        self,
+        id: String,
+        link: Link,
+        want: watch::Receiver<Want>,
+        facts: mpsc::Sender<Fact>,
+    ) {
+        // What it was told before stands; only changes are passed on.
+        let first = *want.borrow();
+        let watcher = Watcher::new(self.clock, &self.family, &id, &facts);
+        watcher.watch(Guard::adopted(link), want, first).await;
+        tell(&facts, Fact::Gone).await;
+    }
+}
+
 impl Runtime for ProcessRuntime {
+    fn adopt(
+        &self,
+        id: String,
+        link: Link,
+        want: watch::Receiver<Want>,
+        facts: mpsc::Sender<Fact>,
+    ) -> BoxFuture<'static, ()> {
+        Box::pin(self.clone().watch_adopted(id, link, want, facts))
+    }
+
+    fn end_left(&self, id: String) -> BoxFuture<'static, ()> {
+        Box::pin(end_left(self.dirs.clone(), id))
+    }
+
     fn run(
         &self,
         spec: BackendSpec,

@@ -2,8 +2,9 @@
 //! time, and waits for what it leaves behind.
 
 use super::Want;
-use super::leftovers::{Family, KnownGuard, reap};
+use super::leftovers::{Family, KnownGuard, is_of_guard, reap};
 use super::process::update;
+use crate::adopt::{AdoptedProcess, Link, pidfd};
 use crate::clock::DroneClock;
 use crate::guard::Report;
 use crate::life::Fact;
@@ -12,18 +13,18 @@ use nix::errno::Errno;
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Interest};
-use tokio::process::{Child, ChildStdin};
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncWrite, AsyncWriteExt, BufReader, Interest};
+use tokio::process::Child;
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
 /// How often the remains of a backend whose guard was killed are looked for, where nothing tells of their end.
-const HUNT_INTERVAL: Duration = Duration::from_millis(50);
+pub(super) const HUNT_INTERVAL: Duration = Duration::from_millis(50);
 /// The hunt is over when nothing was found so often in a row: what was being forked during one look is seen by the next.
-const HUNT_EMPTY_LOOKS: u32 = 2;
+pub(super) const HUNT_EMPTY_LOOKS: u32 = 2;
 /// A guard that was told to kill and has not finished within half of the time allowed for a kill, or this, is killed
 /// itself, which ends the backend too.
 const GUARD_PATIENCE_MAX: Duration = Duration::from_secs(1);
@@ -61,14 +62,67 @@ impl Contained {
     }
 }
 
-/// A started guard.
+/// A guard's process.
+pub(super) enum GuardProcess {
+    /// Started by this drone.
+    Child(Box<Child>),
+    /// Started by an earlier one.
+    Adopted(AdoptedProcess),
+}
+
+impl GuardProcess {
+    /// Kills it.
+    pub(super) fn start_kill(&mut self) -> io::Result<()> {
+        match self {
+            Self::Child(child) => child.start_kill(),
+            Self::Adopted(process) => process.kill(),
+        }
+    }
+
+    /// Waits for its end.
+    pub(super) async fn wait(&mut self) -> io::Result<()> {
+        match self {
+            Self::Child(child) => child.wait().await.map(drop),
+            Self::Adopted(process) => process.ended().await,
+        }
+    }
+}
+
+/// A guard, and how it is talked to.
 pub(super) struct Guard {
-    pub(super) child: Child,
-    pub(super) known: KnownGuard,
-    /// Closed when the guard stops reading.
-    pub(super) stdin: Option<ChildStdin>,
-    /// The line that arms it.
+    pub(super) process: GuardProcess,
+    /// Dropped after it was reaped, if it is a child.
+    pub(super) known: Option<KnownGuard>,
+    /// `None` when the guard stops reading.
+    pub(super) input: Option<Box<dyn AsyncWrite + Send + Unpin>>,
+    /// Its reports; missing if it has none.
+    pub(super) output: Option<Box<dyn AsyncBufRead + Send + Unpin>>,
+    /// What is said first: the line that arms it.
     pub(super) arm_line: Vec<u8>,
+}
+
+impl Guard {
+    /// One that was just started.
+    pub(super) fn started(mut child: Child, known: Option<KnownGuard>, arm_line: Vec<u8>) -> Self {
+        let input = child.stdin.take().map(|pipe| Box::new(pipe) as Box<dyn AsyncWrite + Send + Unpin>);
+        let output = child
+            .stdout
+            .take()
+            .map(|pipe| Box::new(BufReader::new(pipe)) as Box<dyn AsyncBufRead + Send + Unpin>);
+        Self { process: GuardProcess::Child(Box::new(child)), known, input, output, arm_line }
+    }
+
+    /// An earlier drone's. It has been armed long since.
+    pub(super) fn adopted(link: Link) -> Self {
+        let Link { reader, writer, process, .. } = link;
+        Self {
+            process: GuardProcess::Adopted(process),
+            known: None,
+            input: Some(Box::new(writer)),
+            output: Some(Box::new(reader)),
+            arm_line: Vec::new(),
+        }
+    }
 }
 
 pub(super) struct Watcher<'a> {
@@ -79,6 +133,8 @@ pub(super) struct Watcher<'a> {
     contained: Contained,
     /// The backend's main process.
     main_pid: Option<i32>,
+    /// Its guard is an earlier drone's.
+    adopted: bool,
     gone: bool,
 }
 
@@ -89,17 +145,19 @@ impl<'a> Watcher<'a> {
         backend: &'a str,
         facts: &'a mpsc::Sender<Fact>,
     ) -> Self {
-        Self { clock, family, backend, facts, contained: Contained::Unknown, main_pid: None, gone: false }
+        let contained = Contained::Unknown;
+        Self { clock, family, backend, facts, contained, main_pid: None, adopted: false, gone: false }
     }
 
     /// Watches until nothing is left.
     pub(super) async fn watch(mut self, guard: Guard, mut want: watch::Receiver<Want>, mut told: Want) {
-        let Guard { mut child, known, mut stdin, arm_line } = guard;
+        let Guard { mut process, known, input: mut stdin, output, arm_line } = guard;
+        self.adopted = matches!(process, GuardProcess::Adopted(_));
         let mut unsent = Unsent::new(arm_line);
         // What is wanted by now is not in `unsent`. Only the latest counts, so a guard that does not read holds up nothing.
         let mut newer = false;
-        if let Some(stdout) = child.stdout.take() {
-            let mut lines = BufReader::new(stdout).lines();
+        if let Some(output) = output {
+            let mut lines = output.lines();
             // The sender's end does not make the backend end: its guard goes on without us.
             let mut wants_open = true;
             let mut impatient = false;
@@ -118,14 +176,14 @@ impl<'a> Watcher<'a> {
                     () = &mut out_of_patience, if killing && !impatient => {
                         impatient = true;
                         warn!(backend = self.backend, "the guard does not finish; killing it");
-                        self.kill(&mut child);
+                        self.kill(&mut process);
                     }
                     line = lines.next_line() => match line {
                         Ok(Some(line)) => self.report(&line).await,
                         Ok(None) => break,
                         Err(e) => {
                             warn!(backend = self.backend, "cannot read the guard's reports: {e}");
-                            self.kill(&mut child);
+                            self.kill(&mut process);
                             break;
                         }
                     },
@@ -150,9 +208,9 @@ impl<'a> Watcher<'a> {
                 }
             }
         } else {
-            self.kill(&mut child);
+            self.kill(&mut process);
         }
-        if let Err(e) = child.wait().await {
+        if let Err(e) = process.wait().await {
             warn!(backend = self.backend, "cannot wait for the guard: {e}");
         }
         drop(known);
@@ -163,7 +221,7 @@ impl<'a> Watcher<'a> {
         }
     }
 
-    fn kill(&self, guard: &mut Child) {
+    fn kill(&self, guard: &mut GuardProcess) {
         if let Err(e) = guard.start_kill() {
             warn!(backend = self.backend, "cannot kill the guard: {e}");
         }
@@ -178,9 +236,13 @@ impl<'a> Watcher<'a> {
             }
         };
         let backend = self.backend;
-        match report {
+        match &report {
+            // Long since reported by an adopted guard: the number may mean another process by now.
+            Report::Contained { init_pid } if self.adopted && !is_of_guard(*init_pid, backend) => {
+                self.contained = Contained::NamespaceGone;
+            }
             Report::Contained { init_pid } => {
-                self.contained = Contained::in_namespace(init_pid, pidfd(init_pid));
+                self.contained = Contained::in_namespace(*init_pid, pidfd(*init_pid));
             }
             Report::Uncontained { problem } => {
                 warn!(backend, "{problem}: the backend's descendants are watched one by one instead");
@@ -188,20 +250,15 @@ impl<'a> Watcher<'a> {
             }
             Report::Started { pid } => {
                 info!(backend, pid, "started");
-                self.main_pid = Some(pid);
-                tell(self.facts, Fact::Started).await;
+                self.main_pid = Some(*pid);
             }
-            Report::NotStarted { late, problem } => {
-                warn!(backend, late, "not started: {problem}");
-                tell(self.facts, if late { Fact::StartedTooLate } else { Fact::Failed }).await;
-            }
-            Report::SoftDeadline => tell(self.facts, Fact::SoftDeadline).await,
-            Report::Killing => tell(self.facts, Fact::Killing).await,
-            Report::Exited { code, signal } => {
-                info!(backend, code, signal, "the main process has ended");
-                tell(self.facts, Fact::Exited(code)).await;
-            }
+            Report::NotStarted { late, problem } => warn!(backend, late, "not started: {problem}"),
+            Report::Exited { code, signal } => info!(backend, code, signal, "the main process has ended"),
+            Report::SoftDeadline | Report::Killing => {}
             Report::Gone => self.gone = true,
+        }
+        if let Some(fact) = Fact::of(&report) {
+            tell(self.facts, fact).await;
         }
     }
 
@@ -294,7 +351,10 @@ impl Unsent {
     }
 
     /// Sends a part of it. Nothing was sent if this is dropped before it is done.
-    pub(super) async fn send(&mut self, pipe: &mut Option<ChildStdin>) -> io::Result<()> {
+    pub(super) async fn send(
+        &mut self,
+        pipe: &mut Option<Box<dyn AsyncWrite + Send + Unpin>>,
+    ) -> io::Result<()> {
         if let (Some(pipe), Some(rest)) = (pipe, self.bytes.get(self.sent..)) {
             self.sent += pipe.write(rest).await?;
         }
@@ -312,17 +372,6 @@ pub(super) fn line(message: &impl serde::Serialize) -> io::Result<Vec<u8>> {
 pub(super) async fn tell(facts: &mpsc::Sender<Fact>, fact: Fact) {
     // Without a listener the drone is ending; the guard goes on.
     let _ = facts.send(fact).await;
-}
-
-/// A handle on a process that cannot come to mean another one.
-fn pidfd(pid: i32) -> io::Result<OwnedFd> {
-    // SAFETY: pidfd_open takes two integers and returns a new descriptor (close-on-exec) or -1.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0u32) };
-    match i32::try_from(fd) {
-        // SAFETY: the descriptor is new and nobody else's.
-        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
-        _ => Err(io::Error::last_os_error()),
-    }
 }
 
 #[cfg(test)]

@@ -28,8 +28,10 @@ mod watch;
 pub use end::EndError;
 pub use labels::Owner;
 
-use super::watcher::{line, tell};
+use super::leftovers::end_left;
+use super::watcher::{Guard, line, tell};
 use super::{BackendSpec, Runtime, Want, process};
+use crate::adopt::Link;
 use crate::clock::DroneClock;
 use crate::data_dir::BackendsDir;
 use crate::guard::{Arm, ContainerTarget, GUARD_ARGUMENT};
@@ -47,7 +49,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::process::{Child, Command};
+use tokio::process::Command;
 use tokio::sync::{Semaphore, mpsc, watch as watch_channel};
 use tracing::{info, warn};
 use watch::Watch;
@@ -205,7 +207,7 @@ impl DockerRuntime {
             id: container.clone(),
             permit: permit.clone(),
         };
-        let (guard, arm_line) = match self.start_guard(&spec, target, first) {
+        let guard = match self.start_guard(&spec, target, first) {
             Ok(started) => started,
             Err(e) => {
                 end::end(&self.docker, &container, &permit).await;
@@ -213,8 +215,45 @@ impl DockerRuntime {
             }
         };
         let watch = Watch::new(self, &spec.id, &container, &permit, facts);
-        watch.watch(guard, arm_line, want.clone(), first).await;
+        watch.watch(guard, want.clone(), first).await;
         Ok(())
+    }
+
+    async fn watch_adopted(
+        self,
+        id: String,
+        link: Link,
+        want: watch_channel::Receiver<Want>,
+        facts: mpsc::Sender<Fact>,
+    ) {
+        let watched = self.watch_over(&id);
+        match link.hello.container.clone() {
+            Some(target) => {
+                // What it was told before stands; only changes are passed on.
+                let first = *want.borrow();
+                let watch = Watch::new(&self, &id, &target.id, &target.permit, &facts);
+                watch.watch(Guard::adopted(link), want, first).await;
+            }
+            None => {
+                warn!(
+                    backend = id,
+                    "its guard holds no container: this drone ran processes before; ending it"
+                );
+                self.clone().end_all_left(id).await;
+                tell(&facts, Fact::Lost).await;
+            }
+        }
+        drop(watched);
+        tell(&facts, Fact::Gone).await;
+    }
+
+    /// Ends a backend's guard, and then its containers, for as long as that takes.
+    async fn end_all_left(self, id: String) {
+        end_left(self.dirs.clone(), id.clone()).await;
+        while let Err(e) = prune::end_backend(&self, &id).await {
+            warn!(backend = id, "its container may be left: {e}; trying again");
+            tokio::time::sleep(REACH_INTERVAL).await;
+        }
     }
 
     /// Makes the container, with all that it needs.
@@ -238,12 +277,7 @@ impl DockerRuntime {
     }
 
     /// Starts the guard. It does nothing before it has got the line that arms it.
-    fn start_guard(
-        &self,
-        spec: &BackendSpec,
-        target: ContainerTarget,
-        want: Want,
-    ) -> io::Result<(Child, Vec<u8>)> {
+    fn start_guard(&self, spec: &BackendSpec, target: ContainerTarget, want: Want) -> io::Result<Guard> {
         let paths = self.dirs.create(&spec.id)?;
         let guard_log = BackendsDir::open_guard_log(&paths)?;
         let arm = Arm {
@@ -267,11 +301,25 @@ impl DockerRuntime {
             // Ctrl-C at the drone's terminal is for the drone alone.
             .process_group(0)
             .spawn()?;
-        Ok((child, arm_line))
+        Ok(Guard::started(child, None, arm_line))
     }
 }
 
 impl Runtime for DockerRuntime {
+    fn adopt(
+        &self,
+        id: String,
+        link: Link,
+        want: watch_channel::Receiver<Want>,
+        facts: mpsc::Sender<Fact>,
+    ) -> BoxFuture<'static, ()> {
+        Box::pin(self.clone().watch_adopted(id, link, want, facts))
+    }
+
+    fn end_left(&self, id: String) -> BoxFuture<'static, ()> {
+        Box::pin(self.clone().end_all_left(id))
+    }
+
     fn run(
         &self,
         spec: BackendSpec,

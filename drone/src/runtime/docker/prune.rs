@@ -92,6 +92,19 @@ pub(super) async fn sweep(runtime: &DockerRuntime) -> Result<(), EndError> {
     left
 }
 
+/// Ends and removes every container of one backend, whose guard has ended.
+pub(super) async fn end_backend(runtime: &DockerRuntime, backend: &str) -> Result<(), EndError> {
+    let options = ListContainersOptionsBuilder::new().all(true).filters(&runtime.owner.filter()).build();
+    let list = timeout(LIST_MAX, runtime.docker.list_containers(Some(options)));
+    let list = list.await.map_err(|_| EndError::TooLong)??;
+    let of_it = list.into_iter().filter_map(|summary| see(runtime, summary)).filter(|s| s.backend == backend);
+    for container in of_it {
+        let permit = container.dir.as_deref().map(super::permit_in);
+        end::end_and_remove(&runtime.docker, &container.id, permit.as_deref()).await?;
+    }
+    Ok(())
+}
+
 fn see(runtime: &DockerRuntime, summary: ContainerSummary) -> Option<Seen> {
     let labels = summary.labels.unwrap_or_default();
     if !runtime.owner.owns(&labels) {

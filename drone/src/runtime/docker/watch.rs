@@ -8,13 +8,12 @@ use crate::guard::Report;
 use crate::life::Fact;
 use crate::runtime::Want;
 use crate::runtime::process::update;
-use crate::runtime::watcher::{Unsent, line, patience, tell};
+use crate::runtime::watcher::{Guard, GuardProcess, Unsent, line, patience, tell};
 use bollard::models::ContainerStatsResponse;
 use futures::future::{Fuse, FusedFuture, FutureExt};
 use holdfast_wire::TerminationKind;
 use std::path::Path;
-use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::process::Child;
+use tokio::io::AsyncBufReadExt;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep};
 use tracing::{info, warn};
@@ -54,21 +53,16 @@ impl<'a> Watch<'a> {
     }
 
     /// Watches until nothing is left.
-    pub(super) async fn watch(
-        mut self,
-        mut guard: Child,
-        arm_line: Vec<u8>,
-        mut want: watch::Receiver<Want>,
-        mut told: Want,
-    ) {
-        let mut stdin = guard.stdin.take();
+    pub(super) async fn watch(mut self, guard: Guard, mut want: watch::Receiver<Want>, mut told: Want) {
+        // A guard that is a child of ours is reaped by number here; it is no namespace's.
+        let Guard { process: mut guard, known: _known, input: mut stdin, output, arm_line } = guard;
         let mut unsent = Unsent::new(arm_line);
         // What is wanted by now is not in `unsent`. Only the latest counts.
         let mut newer = false;
         // The sender's end does not make the backend end: its guard goes on without us.
         let mut wants_open = true;
-        if let Some(stdout) = guard.stdout.take() {
-            let mut lines = BufReader::new(stdout).lines();
+        if let Some(output) = output {
+            let mut lines = output.lines();
             let mut impatient = false;
             let out_of_patience = sleep(patience(told.kill_ms));
             let asking = Fuse::terminated();
@@ -193,7 +187,7 @@ impl<'a> Watch<'a> {
     }
 }
 
-fn kill(guard: &mut Child, backend: &str) {
+fn kill(guard: &mut GuardProcess, backend: &str) {
     if let Err(e) = guard.start_kill() {
         warn!(backend, "cannot kill the guard: {e}");
     }

@@ -1,0 +1,435 @@
+//! A drone that ends, and its successor on the same data directory.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on has failed")]
+
+mod common;
+
+use common::{Conn, Drone, Fake, TOKEN, alive, lease, short_lease, soon, vanished};
+use holdfast_drone::clock::boot_ms;
+use holdfast_drone::journal::Record;
+use holdfast_wire::drone::{
+    Action, MessageFromDrone, MessageToDrone, RenewKeysResponse, RenewRefusal, RenewedKey,
+};
+use holdfast_wire::{
+    BackendState, BackendStatus, KeyConfig, LeaseConfig, TerminationKind, TerminationReason,
+};
+use nix::sys::signal::{Signal, kill};
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+/// Runs until its directory holds a file, or it is ended.
+const UNTIL_TOLD: &str = "echo up; while [ ! -e done ]; do sleep 0.05; done; exit 7";
+const FOREVER: &str = "echo up; exec sleep 300";
+
+/// What is left of a journal; nothing if it is missing.
+type Harm = fn(Vec<u8>) -> Option<Vec<u8>>;
+
+fn long() -> LeaseConfig {
+    lease(30_000, 40_000, 50_000)
+}
+
+fn dir_of(data_dir: &Path, backend: &str) -> PathBuf {
+    data_dir.join("backends").join(backend)
+}
+
+/// The backend's processes.
+fn pids(backend: &str) -> BTreeSet<i32> {
+    let mark = format!("SESSION_BACKEND_ID={backend}");
+    let all = std::fs::read_dir("/proc").unwrap().flatten();
+    all.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter(|pid: &i32| {
+            std::fs::read(format!("/proc/{pid}/environ"))
+                .is_ok_and(|all| all.split(|b| *b == 0).any(|variable| variable == mark.as_bytes()))
+        })
+        .collect()
+}
+
+/// A drone with one backend that runs, and their controller's end.
+async fn running(fake: &mut Fake, data_dir: &Path, backend: &str, script: &str) -> (Drone, Conn) {
+    let drone = Drone::start(&fake.url, data_dir);
+    let mut conn = fake.conn().await;
+    conn.waiting(backend, script).await;
+    drone.wrote(backend, "up").await;
+    (drone, conn)
+}
+
+fn kill9(mut drone: Drone) {
+    drone.process.kill().unwrap();
+    drone.process.wait().unwrap();
+}
+
+/// Passes over states that are reported once more, until the backend's end.
+async fn terminated(conn: &mut Conn, backend: &str) -> BackendState {
+    loop {
+        let event = conn.event().await;
+        assert_eq!((event.backend_id.as_str(), event.token), (backend, Some(TOKEN)));
+        if event.state.status() == BackendStatus::Terminated {
+            return event.state;
+        }
+    }
+}
+
+/// Waits until nothing is kept of a backend whose end was acknowledged.
+async fn forgotten(data_dir: &Path, backend: &str) {
+    let journal = dir_of(data_dir, backend).join("journal");
+    soon("the journal is removed", async {
+        while journal.exists() {
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+}
+
+fn refuse(conn: &Conn, backend: &str) {
+    let refused = Some(RenewRefusal::NotHolder);
+    let keys = vec![RenewedKey { backend: backend.into(), deadlines: None, refused }];
+    conn.send(MessageToDrone::RenewKeysResponse(RenewKeysResponse { keys }));
+}
+
+#[tokio::test]
+async fn a_successor_goes_on_with_a_running_backend_by_whatever_wall_clock() {
+    let mut fake = Fake::start(short_lease()).await;
+    let dir = tempfile::tempdir().unwrap();
+    let backend = "ba-adopted";
+    let (drone, first) = running(&mut fake, dir.path(), backend, FOREVER).await;
+    let before = pids(backend);
+    kill9(drone);
+    let mut incarnations = BTreeSet::from([first.handshake.incarnation.clone()]);
+    // The wall clock is set between the starts; the last successor goes by the right one again.
+    for shift in [Some("-400d"), Some("+400d"), None] {
+        let mut command = Drone::command(&fake.url, dir.path());
+        if let Some(shift) = shift {
+            let library = holdfast_libfaketime();
+            command
+                .env("LD_PRELOAD", library)
+                .env("FAKETIME", shift)
+                .env("FAKETIME_DONT_FAKE_MONOTONIC", "1")
+                .env("DONT_FAKE_MONOTONIC", "1");
+        }
+        let drone = Drone { process: command.spawn().unwrap(), data_dir: dir.path().to_owned() };
+        let mut conn = fake.conn().await;
+        assert!(incarnations.insert(conn.handshake.incarnation.clone()), "each process has its own");
+        // Through more than a lease: it is renewed, and not ended.
+        let end = boot_ms() + 4_500;
+        let first = conn.renewal().await;
+        assert_eq!(
+            first.keys.iter().map(|key| (key.backend.as_str(), key.token)).collect::<Vec<_>>(),
+            [(backend, TOKEN)]
+        );
+        while boot_ms() < end {
+            conn.renewal().await;
+        }
+        assert_eq!(pids(backend), before, "it was not interrupted");
+        kill9(drone);
+    }
+    let drone = Drone::start(&fake.url, dir.path());
+    let mut conn = fake.conn().await;
+    conn.act(
+        "end",
+        backend,
+        Action::Terminate { kind: TerminationKind::Soft, reason: TerminationReason::External },
+    );
+    let state = terminated(&mut conn, backend).await;
+    assert!(
+        matches!(
+            state,
+            BackendState::Terminated {
+                termination: Some(TerminationKind::Soft),
+                reason: Some(TerminationReason::External),
+                ..
+            }
+        ),
+        "{state:?}"
+    );
+    assert_eq!(alive(backend), 0);
+    forgotten(dir.path(), backend).await;
+    drop(drone);
+}
+
+fn holdfast_libfaketime() -> String {
+    let found = [
+        "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1",
+        "/usr/lib/aarch64-linux-gnu/faketime/libfaketime.so.1",
+    ];
+    found.into_iter().find(|path| Path::new(path).exists()).expect("libfaketime is installed").to_owned()
+}
+
+#[tokio::test]
+async fn a_backend_that_ended_while_no_drone_was_there_is_reported_with_its_exit_code() {
+    let mut fake = Fake::start(long()).await;
+    let dir = tempfile::tempdir().unwrap();
+    let backend = "ba-ended";
+    let (drone, _conn) = running(&mut fake, dir.path(), backend, UNTIL_TOLD).await;
+    kill9(drone);
+    std::fs::write(dir_of(dir.path(), backend).join("done"), "").unwrap();
+    vanished(backend).await;
+    let _drone = Drone::start(&fake.url, dir.path());
+    let mut conn = fake.conn().await;
+    let state = terminated(&mut conn, backend).await;
+    assert!(
+        matches!(state, BackendState::Terminated { termination: None, reason: None, exit_code: Some(7), .. }),
+        "{state:?}"
+    );
+    forgotten(dir.path(), backend).await;
+}
+
+#[tokio::test]
+async fn an_adopted_backend_that_ends_is_reported_with_its_exit_code() {
+    let mut fake = Fake::start(long()).await;
+    let dir = tempfile::tempdir().unwrap();
+    let backend = "ba-ends-later";
+    let (drone, _conn) = running(&mut fake, dir.path(), backend, UNTIL_TOLD).await;
+    kill9(drone);
+    let _drone = Drone::start(&fake.url, dir.path());
+    let mut conn = fake.conn().await;
+    conn.renewal().await;
+    std::fs::write(dir_of(dir.path(), backend).join("done"), "").unwrap();
+    let state = terminated(&mut conn, backend).await;
+    assert!(matches!(state, BackendState::Terminated { reason: None, exit_code: Some(7), .. }), "{state:?}");
+}
+
+#[tokio::test]
+async fn a_backend_whose_deadline_passed_while_no_drone_was_there_is_reported_as_expired() {
+    let mut fake = Fake::start(lease(500, 1_500, 2_500)).await;
+    let dir = tempfile::tempdir().unwrap();
+    let backend = "ba-expired";
+    let (drone, mut conn) =
+        running(&mut fake, dir.path(), backend, "trap '' TERM; echo up; while :; do sleep 300; done").await;
+    conn.renew = false;
+    kill9(drone);
+    vanished(backend).await;
+    let _drone = Drone::start(&fake.url, dir.path());
+    let mut conn = fake.conn().await;
+    let state = terminated(&mut conn, backend).await;
+    assert!(
+        matches!(
+            state,
+            BackendState::Terminated {
+                termination: Some(TerminationKind::Hard),
+                reason: Some(TerminationReason::KeyExpired),
+                ..
+            }
+        ),
+        "{state:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_backend_whose_guard_was_killed_or_hangs_is_ended_and_reported_as_lost() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("skipped: only root can make PID namespaces");
+        return;
+    }
+    for signal in [Signal::SIGKILL, Signal::SIGSTOP] {
+        let mut fake = Fake::start(long()).await;
+        let dir = tempfile::tempdir().unwrap();
+        let backend = format!("ba-guard-{}", signal.as_str().to_lowercase());
+        let (drone, _conn) = running(&mut fake, dir.path(), &backend, FOREVER).await;
+        let [guard] = drone.guards()[..] else { panic!("one guard: {:?}", drone.guards()) };
+        kill9(drone);
+        kill(guard, signal).unwrap();
+        let _drone = Drone::start(&fake.url, dir.path());
+        let mut conn = fake.conn().await;
+        let state = terminated(&mut conn, &backend).await;
+        assert!(
+            matches!(
+                state,
+                BackendState::Terminated { termination: None, reason: Some(TerminationReason::Lost), .. }
+            ),
+            "{state:?}"
+        );
+        assert_eq!(alive(&backend), 0);
+    }
+}
+
+#[tokio::test]
+async fn what_ran_before_the_machine_was_started_anew_is_reported_as_lost() {
+    let mut fake = Fake::start(long()).await;
+    let dir = tempfile::tempdir().unwrap();
+    let backend = "ba-other-boot";
+    let record = Record {
+        boot_id: "00000000-0000-0000-0000-000000000000".into(),
+        backend: backend.into(),
+        key: KeyConfig { name: "room".into(), ..KeyConfig::default() },
+        token: TOKEN,
+        address: "127.0.0.1:20001".parse().unwrap(),
+        soft_boot_ms: i64::MAX - 1,
+        hard_boot_ms: i64::MAX,
+    };
+    std::fs::create_dir_all(dir_of(dir.path(), backend)).unwrap();
+    std::fs::write(dir_of(dir.path(), backend).join("journal"), record.encode().unwrap()).unwrap();
+    let _drone = Drone::start(&fake.url, dir.path());
+    let mut conn = fake.conn().await;
+    let state = terminated(&mut conn, backend).await;
+    assert!(
+        matches!(
+            state,
+            BackendState::Terminated { reason: Some(TerminationReason::Lost), exit_code: None, .. }
+        ),
+        "{state:?}"
+    );
+    forgotten(dir.path(), backend).await;
+}
+
+#[tokio::test]
+async fn whatever_a_damaged_journal_may_have_run_is_ended_before_anything_is_started() {
+    let damages: [(&str, Harm); 4] = [
+        ("flipped", |mut bytes| {
+            let middle = bytes.len() / 2;
+            bytes[middle] ^= 1;
+            Some(bytes)
+        }),
+        ("torn", |bytes| Some(bytes[..bytes.len() / 2].to_vec())),
+        ("empty", |_| Some(Vec::new())),
+        ("missing", |_| None),
+    ];
+    for (what, damage) in damages {
+        let mut fake = Fake::start(long()).await;
+        let dir = tempfile::tempdir().unwrap();
+        let backend = format!("ba-{what}");
+        let (drone, _conn) =
+            running(&mut fake, dir.path(), &backend, "setsid sleep 300 & echo up; exec sleep 300").await;
+        kill9(drone);
+        assert!(alive(&backend) >= 2);
+        let journal = dir_of(dir.path(), &backend).join("journal");
+        let whole = std::fs::read(&journal).unwrap();
+        match damage(whole) {
+            Some(damaged) => std::fs::write(&journal, damaged).unwrap(),
+            None => std::fs::remove_file(&journal).unwrap(),
+        }
+        let _drone = Drone::start(&fake.url, dir.path());
+        let mut conn = fake.conn().await;
+        assert_eq!(alive(&backend), 0, "{what}: it runs on although the drone can take on others");
+        assert!(!journal.exists(), "{what}");
+        // And it works.
+        conn.waiting("ba-next", FOREVER).await;
+    }
+}
+
+#[tokio::test]
+async fn a_drone_that_is_told_to_hang_up_leaves_its_backends_to_its_successor() {
+    let mut fake = Fake::start(long()).await;
+    let dir = tempfile::tempdir().unwrap();
+    let backend = "ba-left";
+    let (mut drone, _conn) = running(&mut fake, dir.path(), backend, FOREVER).await;
+    let before = pids(backend);
+    drone.signal(Signal::SIGHUP);
+    assert_eq!(drone.ended().await.code(), Some(0));
+    let _next = Drone::start(&fake.url, dir.path());
+    let mut conn = fake.conn().await;
+    conn.renewal().await;
+    assert_eq!(pids(backend), before);
+    refuse(&conn, backend);
+    terminated(&mut conn, backend).await;
+}
+
+#[tokio::test]
+async fn nothing_is_started_before_it_is_known_which_keys_are_still_held() {
+    let mut fake = Fake::start(long()).await;
+    let dir = tempfile::tempdir().unwrap();
+    let backend = "ba-unheld";
+    let (drone, _conn) = running(&mut fake, dir.path(), backend, FOREVER).await;
+    kill9(drone);
+    let _next = Drone::start(&fake.url, dir.path());
+    let mut conn = fake.conn().await;
+    conn.renew = false;
+    conn.renewal().await;
+    conn.spawn("ba-new", FOREVER).await;
+    // Two heartbeats later it has read the spawn, and neither acknowledged nor begun it.
+    for _ in 0..2 {
+        conn.until("a heartbeat", |message| match message {
+            MessageFromDrone::Heartbeat(_) => Some(()),
+            MessageFromDrone::AckAction { .. } => panic!("acknowledged"),
+            MessageFromDrone::BackendEvent(event) => {
+                assert_eq!(event.backend_id, backend, "{event:?}");
+                None
+            }
+            _ => None,
+        })
+        .await;
+    }
+    refuse(&conn, backend);
+    let state = terminated(&mut conn, backend).await;
+    assert!(
+        matches!(
+            state,
+            BackendState::Terminated {
+                termination: Some(TerminationKind::Hard),
+                reason: Some(TerminationReason::KeyExpired),
+                ..
+            }
+        ),
+        "{state:?}"
+    );
+    assert_eq!(alive(backend), 0);
+    conn.waiting("ba-new", FOREVER).await;
+}
+
+#[tokio::test]
+async fn an_end_that_was_begun_goes_on_under_the_successor() {
+    let mut fake = Fake::start(long()).await;
+    let dir = tempfile::tempdir().unwrap();
+    let backend = "ba-ending";
+    let script = "trap 'touch asked; sleep 2; exit 4' TERM; echo up; while :; do sleep 0.05; done";
+    let (drone, mut conn) = running(&mut fake, dir.path(), backend, script).await;
+    conn.act(
+        "end",
+        backend,
+        Action::Terminate { kind: TerminationKind::Soft, reason: TerminationReason::External },
+    );
+    conn.expect(backend, BackendStatus::Terminating).await;
+    let asked = dir_of(dir.path(), backend).join("asked");
+    soon("it is asked to end", async {
+        while !asked.exists() {
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+    kill9(drone);
+    let _next = Drone::start(&fake.url, dir.path());
+    let mut conn = fake.conn().await;
+    let state = terminated(&mut conn, backend).await;
+    assert!(
+        matches!(
+            state,
+            BackendState::Terminated { termination: Some(TerminationKind::Soft), exit_code: Some(4), .. }
+        ),
+        "{state:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_spawn_that_is_repeated_to_the_successor_starts_nothing_again() {
+    let mut fake = Fake::start(long()).await;
+    let dir = tempfile::tempdir().unwrap();
+    let backend = "ba-once";
+    let (drone, _conn) = running(&mut fake, dir.path(), backend, FOREVER).await;
+    let before = pids(backend);
+    kill9(drone);
+    let _next = Drone::start(&fake.url, dir.path());
+    let mut conn = fake.conn().await;
+    conn.renewal().await;
+    conn.heartbeat().await;
+    conn.spawn(backend, FOREVER).await;
+    conn.until("an acknowledgement", |message| {
+        matches!(message, MessageFromDrone::AckAction { .. }).then_some(())
+    })
+    .await;
+    conn.heartbeat().await;
+    assert_eq!(pids(backend), before);
+    refuse(&conn, backend);
+    terminated(&mut conn, backend).await;
+}
+
+#[tokio::test]
+async fn the_successors_cluster_is_another_one_and_the_old_ones_backends_end_first() {
+    let mut fake = Fake::start(long()).await;
+    let dir = tempfile::tempdir().unwrap();
+    let backend = "ba-moved";
+    let (drone, _conn) = running(&mut fake, dir.path(), backend, FOREVER).await;
+    kill9(drone);
+    fake.set(|setting| setting.cluster_id = "cluster-2".into());
+    let _next = Drone::start(&fake.url, dir.path());
+    let _conn = fake.conn().await;
+    vanished(backend).await;
+    forgotten(dir.path(), backend).await;
+}
