@@ -7,7 +7,7 @@
 use crate::processes;
 use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 
 /// A container's first process. The end of it is the end of all: it is PID 1 of the container's PID namespace.
 #[derive(Debug)]
@@ -21,7 +21,7 @@ pub struct Init {
 impl Init {
     /// The process of that number, if it belongs to the container; none if it does not, or has ended.
     pub fn open(container: &str, pid: i32) -> io::Result<Option<Self>> {
-        let Some(handle) = pidfd(pid)? else { return Ok(None) };
+        let Some(handle) = processes::handle(pid)? else { return Ok(None) };
         Ok(belongs(container, pid)?.then_some(Self { pid, handle }))
     }
 
@@ -55,7 +55,7 @@ impl Init {
 pub fn kill_all(container: &str) -> io::Result<usize> {
     let mut found = 0;
     for pid in members(container)? {
-        let Some(handle) = pidfd(pid)? else { continue };
+        let Some(handle) = processes::handle(pid)? else { continue };
         if belongs(container, pid)? {
             found += 1;
             // Who may not do this counts what is there all the same, and has the engine do it.
@@ -115,20 +115,6 @@ fn is_first(status: &str) -> bool {
     numbers.len() > 1 && numbers.last() == Some(&"1")
 }
 
-/// A handle on a process that cannot come to mean another one; none if there is no such process.
-fn pidfd(pid: i32) -> io::Result<Option<OwnedFd>> {
-    // SAFETY: pidfd_open takes two integers and returns a new descriptor (close-on-exec) or -1.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0u32) };
-    match i32::try_from(fd) {
-        // SAFETY: the descriptor is new and nobody else's.
-        Ok(fd) if fd >= 0 => Ok(Some(unsafe { OwnedFd::from_raw_fd(fd) })),
-        _ => {
-            let error = io::Error::last_os_error();
-            if error.raw_os_error() == Some(libc::ESRCH) { Ok(None) } else { Err(error) }
-        }
-    }
-}
-
 fn signal_by(handle: &OwnedFd, signal: i32) -> io::Result<()> {
     let none = std::ptr::null::<libc::siginfo_t>();
     // SAFETY: a signal to an open handle; a null siginfo means what kill(2) sends.
@@ -183,7 +169,7 @@ mod tests {
         let mut child = std::process::Command::new("sleep").arg("300").spawn().unwrap();
         let pid = i32::try_from(child.id()).unwrap();
         assert!(!has_ended(pid));
-        let init = Init { pid, handle: pidfd(pid).unwrap().unwrap() };
+        let init = Init { pid, handle: processes::handle(pid).unwrap().unwrap() };
         assert!(!init.has_ended());
         init.signal(libc::SIGKILL).unwrap();
         let mut poll = libc::pollfd { fd: init.handle.as_raw_fd(), events: libc::POLLIN, revents: 0 };
@@ -191,6 +177,6 @@ mod tests {
         assert_eq!(unsafe { libc::poll(&raw mut poll, 1, 20_000) }, 1);
         assert!(init.has_ended() && has_ended(pid), "nobody has reaped it yet");
         child.wait().unwrap();
-        assert!(pidfd(pid).unwrap().is_none());
+        assert!(processes::handle(pid).unwrap().is_none());
     }
 }

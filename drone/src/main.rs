@@ -51,6 +51,15 @@ fn main() -> ExitCode {
         Ok(data_dir) => data_dir,
         Err(e) => return usage(&e),
     };
+    let docker = match config.runtime {
+        RuntimeKind::Process => None,
+        RuntimeKind::Docker => {
+            match DockerConfig::new(config.docker_socket.clone(), config.mount_base.clone()) {
+                Ok(docker) => Some(docker),
+                Err(e) => return usage(&e),
+            }
+        }
+    };
     // What a killed guard leaves comes to us, and can be reaped: it is gone only then.
     if let Err(e) = nix::sys::prctl::set_child_subreaper(true) {
         warn!("cannot become a child subreaper: {e}");
@@ -72,7 +81,7 @@ fn main() -> ExitCode {
             return ExitCode::from(EXIT_FAILED);
         }
     };
-    match runtime.block_on(run(config, clock, data_dir, open_files)) {
+    match runtime.block_on(run(config, clock, data_dir, open_files, docker)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             error!("{e}");
@@ -91,6 +100,7 @@ async fn run(
     clock: DroneClock,
     data_dir: DataDir,
     backends_open_files: Option<OpenFiles>,
+    docker: Option<DockerConfig>,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let identity = Identity {
         name: config.name,
@@ -100,19 +110,18 @@ async fn run(
     };
     info!(name = identity.name, incarnation = identity.incarnation, "drone starts");
     let (inputs, waiting) = mpsc::channel(INPUTS_MAX);
-    let backends: Arc<dyn Runtime> = match config.runtime {
-        RuntimeKind::Process => {
+    let backends: Arc<dyn Runtime> = match docker {
+        None => {
             let mut backends = ProcessRuntime::new(clock, data_dir.backends());
             if let Some(open_files) = backends_open_files {
                 backends = backends.with_open_files(open_files);
             }
             Arc::new(backends)
         }
-        RuntimeKind::Docker => {
+        Some(docker) => {
             let owner = Owner { cluster: identity.cluster.clone(), drone: identity.name.clone() };
-            let docker = DockerConfig { socket: config.docker_socket, mount_base: config.mount_base };
             // Nothing is taken on, and nobody is told that we are here, before it is done.
-            Arc::new(DockerRuntime::start(clock, data_dir.backends(), owner, docker).await?)
+            Arc::new(DockerRuntime::start(clock, data_dir.backends(), owner, docker).await)
         }
     };
     let boot_id = journal::boot_id()?;

@@ -1,6 +1,8 @@
 //! The machine's processes and their parents, as `/proc` shows them.
 
 use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd};
 
 /// A process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,6 +32,20 @@ pub fn one(pid: i32) -> Option<Process> {
     let mut after_name = stat.get(stat.rfind(')')? + 1..)?.split_ascii_whitespace();
     let state = after_name.next()?;
     Some(Process { pid, parent: after_name.next()?.parse().ok()?, zombie: matches!(state, "Z" | "X") })
+}
+
+/// A handle on a process that cannot come to mean another one; none if there is no such process.
+pub fn handle(pid: i32) -> io::Result<Option<OwnedFd>> {
+    // SAFETY: pidfd_open takes two integers and returns a new descriptor (close-on-exec) or -1.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0u32) };
+    match i32::try_from(fd) {
+        // SAFETY: the descriptor is new and nobody else's.
+        Ok(fd) if fd >= 0 => Ok(Some(unsafe { OwnedFd::from_raw_fd(fd) })),
+        _ => {
+            let error = io::Error::last_os_error();
+            if error.raw_os_error() == Some(libc::ESRCH) { Ok(None) } else { Err(error) }
+        }
+    }
 }
 
 /// All descendants of a process.

@@ -719,7 +719,8 @@ async fn many_backends_are_renewed_in_few_messages() {
 fn wrong_use_exits_with_2_and_names_the_flag() {
     let dir = tempfile::tempdir().unwrap();
     for (extra, flag) in [
-        (["--runtime", "docker"], "--runtime"),
+        (["--runtime", "podman"], "--runtime"),
+        (["--mount-base", "/nowhere/at/all"], "--mount-base"),
         (["--name", "a"], "--name"),
         (["--ip", "nowhere"], "--ip"),
         (["--cluster", "a b"], "--cluster"),
@@ -729,6 +730,9 @@ fn wrong_use_exits_with_2_and_names_the_flag() {
         let mut flags = vec!["--name", "dr-a", "--controller", "http://h:1", "--cluster", "c", "--data-dir"];
         let path = dir.path().to_str().unwrap().to_owned();
         flags.push(&path);
+        if flag == "--mount-base" {
+            flags.extend(["--runtime", "docker"]);
+        }
         match flags.iter().position(|f| *f == extra[0]) {
             Some(at) => flags[at + 1] = extra[1],
             None => flags.extend(extra),

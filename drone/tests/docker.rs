@@ -26,7 +26,7 @@ async fn a_container_from_spawn_to_terminated() {
     let env = json!({"ON_TERM": "3", "PORT": "1", "SESSION_BACKEND_ID": "mine", "MINE": "yes"});
     let address = waiting(&mut conn, backend, ground.executable(env, json!({}))).await;
     assert_eq!(conn.expect(backend, BackendStatus::Ready).await.address(), Some(address));
-    let page = page(address).await;
+    let env = page(address).await;
     for expected in [
         "PORT=8080".to_owned(),
         format!("SESSION_BACKEND_ID={backend}"),
@@ -34,7 +34,7 @@ async fn a_container_from_spawn_to_terminated() {
         format!("SESSION_BACKEND_FENCING_TOKEN={TOKEN}"),
         "MINE=yes".to_owned(),
     ] {
-        assert!(page.lines().any(|line| line == expected), "{expected} in {page}");
+        assert!(env.lines().any(|line| line == expected), "{expected} in {env}");
     }
     let inspected = ground.inspect(backend);
     let labels = &inspected["Config"]["Labels"];
@@ -52,6 +52,12 @@ async fn a_container_from_spawn_to_terminated() {
     let binding = &inspected["HostConfig"]["PortBindings"]["8080/tcp"][0];
     assert_eq!(binding["HostIp"], "127.0.0.1", "no other address is open");
 
+    // So that it has used some CPU between the two measurements.
+    let visitor = tokio::spawn(async move {
+        loop {
+            page(address).await;
+        }
+    });
     let metrics = conn
         .until("metrics", |message| match message {
             MessageFromDrone::BackendMetrics(metrics) => Some(metrics),
@@ -62,6 +68,8 @@ async fn a_container_from_spawn_to_terminated() {
     for figure in ["mem_used", "mem_total", "mem_active", "mem_limit", "cpu_used", "sys_cpu"] {
         assert!(metrics[figure].as_u64().is_some_and(|n| n > 0), "{figure} in {metrics}");
     }
+
+    visitor.abort();
 
     conn.act("end", backend, terminate(TerminationKind::Soft));
     conn.expect(backend, BackendStatus::Terminating).await;

@@ -9,9 +9,11 @@ use common::*;
 use docker_support::proxy::Mode;
 use docker_support::*;
 use holdfast_drone::clock::boot_ms;
+use holdfast_drone::processes;
 use holdfast_wire::drone::{Action, MessageFromDrone};
 use holdfast_wire::{BackendState, BackendStatus, TerminationKind, TerminationReason};
 use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::json;
 use std::time::Duration;
 
@@ -30,9 +32,14 @@ async fn a_container_whose_drone_is_killed_lives_on_and_ends_at_its_deadlines() 
     let mut conn = fake.conn().await;
     let backend = "ba-orphan";
     ready(&mut conn, backend, ground.executable(json!({"ON_TERM": "ignore"}), json!({}))).await;
-    let rss = drone.guards().iter().map(|guard| rss_kib(guard.as_raw())).max().unwrap();
-    eprintln!("a container's guard holds {rss} KiB");
-    assert!(rss < 10 * 1024, "{rss} KiB");
+    let guards = drone.guards();
+    for process in guards.iter().chain(&deputies(&guards)) {
+        let [rss, pss, own] = ["Rss:", "Pss:", "Private_Dirty:"].map(|what| memory_kib(*process, what));
+        eprintln!(
+            "a container's guard or its deputy: {rss} KiB, {pss} KiB with shares, {own} KiB of its own"
+        );
+        assert!(rss < 10 * 1024, "{rss} KiB");
+    }
     conn.renewal().await;
     conn.renewal().await;
     let killed_at = boot_ms();
@@ -50,9 +57,9 @@ async fn a_container_whose_drone_is_killed_lives_on_and_ends_at_its_deadlines() 
     assert!(ended_ms > soft_ms - 2_000 && ended_ms < hard_ms + LATE_MS, "{ended_ms} ms");
 }
 
-fn rss_kib(pid: i32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+fn memory_kib(process: Pid, what: &str) -> u64 {
+    let rollup = std::fs::read_to_string(format!("/proc/{process}/smaps_rollup")).unwrap();
+    let line = rollup.lines().find_map(|line| line.strip_prefix(what)).unwrap();
     line.split_ascii_whitespace().next().unwrap().parse().unwrap()
 }
 
@@ -88,22 +95,78 @@ async fn a_stopped_guard_does_not_hold_up_an_end() {
     conn.expect(backend, BackendStatus::HardTerminating).await;
     conn.expect(backend, BackendStatus::Terminated).await;
     assert_eq!(alive(backend), 0);
-    assert_eq!(drone.guards(), []);
+    until("nothing of its guard is left", || drone.guards().is_empty()).await;
+}
+
+/// The processes that guards have forked.
+fn deputies(guards: &[Pid]) -> Vec<Pid> {
+    let is_deputy =
+        |process: &processes::Process| guards.iter().any(|guard| guard.as_raw() == process.parent);
+    let deputies: Vec<Pid> =
+        processes::all().iter().filter(|p| is_deputy(p)).map(|p| Pid::from_raw(p.pid)).collect();
+    assert_eq!(deputies.len(), guards.len(), "each has one");
+    deputies
 }
 
 #[tokio::test]
-async fn a_container_whose_drone_and_guard_are_killed_is_ended_by_the_next_drone_before_it_connects() {
+async fn a_container_whose_drone_and_guard_are_killed_dies_with_them() {
+    let Some(ground) = Ground::new() else { return };
+    // No deadline is near.
+    let mut fake = Fake::start(lease(30_000, 40_000, 50_000)).await;
+    let mut drone = ground.drone(&fake);
+    let mut conn = fake.conn().await;
+    let backend = "ba-of-both";
+    ready(&mut conn, backend, ground.executable(json!({"ON_TERM": "ignore"}), json!({}))).await;
+    let guards = drone.guards();
+    drone.process.kill().unwrap();
+    drone.ended().await;
+    assert!(alive(backend) > 0);
+    for guard in guards {
+        kill(guard, Signal::SIGKILL).unwrap();
+    }
+    vanished(backend).await;
+}
+
+#[tokio::test]
+async fn a_container_whose_drone_is_killed_and_whose_guard_is_stopped_ends_at_its_deadline() {
+    let Some(ground) = Ground::new() else { return };
+    let mut fake = Fake::start(container_lease()).await;
+    let mut drone = ground.drone(&fake);
+    let mut conn = fake.conn().await;
+    let backend = "ba-deputy";
+    ready(&mut conn, backend, ground.executable(json!({"ON_TERM": "ignore"}), json!({}))).await;
+    // The latest deadline has to reach the guard before that is stopped.
+    conn.renew = false;
+    conn.renewal().await;
+    let guards = drone.guards();
+    for guard in &guards {
+        kill(*guard, Signal::SIGSTOP).unwrap();
+    }
+    let stopped_at = boot_ms();
+    drone.process.kill().unwrap();
+    drone.ended().await;
+    assert!(alive(backend) > 0);
+    vanished(backend).await;
+    let ended_ms = boot_ms() - stopped_at;
+    assert!(ended_ms < container_lease().hard_terminate_ms as i64 + LATE_MS, "{ended_ms} ms");
+    for guard in guards {
+        kill(guard, Signal::SIGKILL).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_container_whose_drone_guard_and_deputy_are_killed_is_ended_by_the_next_drone_before_it_connects() {
     let Some(ground) = Ground::new() else { return };
     let mut fake = Fake::start(container_lease()).await;
     let mut drone = ground.drone(&fake);
     let mut conn = fake.conn().await;
     let backend = "ba-forgotten";
     ready(&mut conn, backend, ground.executable(json!({}), json!({}))).await;
-    // The drone first: it would end it.
+    // In an order in which none can act for the next.
     let guards = drone.guards();
     drone.signal(Signal::SIGSTOP);
-    for guard in guards {
-        kill(guard, Signal::SIGKILL).unwrap();
+    for process in deputies(&guards).iter().chain(&guards) {
+        kill(*process, Signal::SIGKILL).unwrap();
     }
     drone.process.kill().unwrap();
     drone.ended().await;

@@ -179,7 +179,7 @@ fn start_init(own_mounts: bool, deadline: &SharedDeadline) -> nix::Result<Pid> {
 }
 
 /// Replaces stdin and stdout by `/dev/null`.
-fn detach_stdio() {
+pub fn detach_stdio() {
     if let Ok(null) = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null") {
         for fd in [libc::STDIN_FILENO, libc::STDOUT_FILENO] {
             // SAFETY: plain descriptor numbers of this process; nothing in it owns 0 and 1 as Rust objects across this.
@@ -210,7 +210,8 @@ fn reap_orphans() {
     }
 }
 
-fn exit_now(code: i32) -> ! {
+/// Ends a forked process.
+pub fn exit_now(code: i32) -> ! {
     // SAFETY: ends the process without running the guard's destructors, which are not the child's.
     unsafe { libc::_exit(code) }
 }

@@ -3,8 +3,10 @@
 //! to the container's processes themselves.
 //!
 //! ```text
-//!   drone ──creates──▶ container (with the permit mounted)          guard ◀──pidfd── the container's init
-//!     └───arms────────▶ guard ──start──▶ engine ──▶ init                └──SIGTERM, SIGKILL──▶
+//!   drone ──creates──▶ container (with the permit mounted)      guard ◀──pidfd────────── the container's init
+//!     └───arms────────▶ guard ──start──▶ engine ──▶ init            ├──SIGTERM, SIGKILL──▶ ▲
+//!                                                                   └──fork──▶ deputy ─────┘ at the deadline, or if the
+//!                                                                                            guard dies
 //! ```
 //!
 //! The *permit* is an empty file of the drone that is mounted into the container. A container whose permit is gone cannot
@@ -20,11 +22,12 @@
 //! 3. [`Report::Gone`] says that the container's init has ended, or that there is none and the permit is gone.
 
 use super::contain::log_line;
+use super::deputy::{Deputy, Looks, remove_permit};
 use super::engine::{Answer, Call};
 use super::process::{Input, report};
 use super::timeline::{Step, Timeline};
 use super::{Arm, ContainerTarget, EndNow, Report, Update};
-use crate::cgroup::{self, Init};
+use crate::cgroup::Init;
 use crate::clock::{BootTimer, boot_ms};
 use nix::errno::Errno;
 use serde::Deserialize;
@@ -39,11 +42,6 @@ const CALL_MS_MAX: i64 = 2_000;
 const CALL_INTERVAL_MS: i64 = 100;
 /// How long the engine may say that a container runs whose init is not seen here, in milliseconds.
 const UNSEEN_MS_MAX: i64 = 5_000;
-/// Time between two looks at the machine's processes, in milliseconds: at first, and at most. It doubles.
-const LOOK_MS_MIN: i64 = 20;
-const LOOK_MS_MAX: i64 = 1_000;
-/// Nothing is left when nothing was seen so often in a row: what was being forked during one look is seen by the next.
-const EMPTY_LOOKS: u32 = 2;
 /// How long the engine is given to tell the exit code of a container that has ended, in milliseconds: by itself, and when
 /// it was killed.
 const EXIT_CODE_MS_MAX: i64 = 2_000;
@@ -52,9 +50,18 @@ const EXIT_CODE_KILLED_MS_MAX: i64 = 300;
 /// Guards the container of `arm` to its end.
 pub(super) fn guard(arm: Arm, target: ContainerTarget, input: &mut Input) -> io::Result<()> {
     let timer = BootTimer::new()?;
+    let timeline = Timeline::new(arm.update);
+    let deputy = match Deputy::start(&target, timeline.hard_at()) {
+        Ok(deputy) => Some(deputy),
+        Err(e) => {
+            log_line(&format!("no deputy, so that the deadline is this process' alone: {e}"));
+            None
+        }
+    };
     let mut guard = ContainerGuard {
         target,
-        timeline: Timeline::new(arm.update),
+        timeline,
+        deputy,
         latest: arm.update,
         phase: Phase::Over,
         asked: None,
@@ -69,6 +76,9 @@ pub(super) fn guard(arm: Arm, target: ContainerTarget, input: &mut Input) -> io:
     loop {
         guard.go_on(boot_ms());
         if matches!(guard.phase, Phase::Over) {
+            if let Some(deputy) = guard.deputy.take() {
+                deputy.dismiss();
+            }
             report(&Report::Gone);
             return Ok(());
         }
@@ -114,39 +124,6 @@ enum Phase {
     Over,
 }
 
-/// Looks at the machine's processes: rarer and rarer, since each costs.
-#[derive(Debug)]
-struct Looks {
-    at: i64,
-    interval: i64,
-    empty: u32,
-}
-
-impl Looks {
-    fn new() -> Self {
-        Self { at: i64::MIN, interval: LOOK_MS_MIN, empty: 0 }
-    }
-
-    /// Kills what belongs to the container if a look is due; whether it is sure that nothing does.
-    fn look(&mut self, container: &str, now: i64) -> bool {
-        if now >= self.at {
-            self.at = now + self.interval;
-            match cgroup::kill_all(container) {
-                Ok(0) => {
-                    self.empty += 1;
-                    self.interval = (self.interval * 2).min(LOOK_MS_MAX);
-                }
-                Ok(_) => *self = Self { at: now + LOOK_MS_MIN, ..Self::new() },
-                Err(e) => {
-                    log_line(&format!("cannot look for the container's processes: {e}"));
-                    self.empty = 0;
-                }
-            }
-        }
-        self.empty >= EMPTY_LOOKS
-    }
-}
-
 #[derive(Deserialize)]
 struct Inspected {
     #[serde(rename = "State")]
@@ -170,6 +147,7 @@ struct Waited {
 struct ContainerGuard {
     target: ContainerTarget,
     timeline: Timeline,
+    deputy: Option<Deputy>,
     latest: Update,
     phase: Phase,
     asked: Option<Asked>,
@@ -207,25 +185,15 @@ impl ContainerGuard {
         self.ask_at = i64::MIN;
     }
 
-    /// From now on nobody can start it. Called again until it works.
-    fn remove_permit(&mut self) {
-        if !self.permit_gone {
-            match std::fs::remove_file(&self.target.permit) {
-                Ok(()) => self.permit_gone = true,
-                Err(e) if e.kind() == io::ErrorKind::NotFound => self.permit_gone = true,
-                Err(e) => log_line(&format!("cannot remove the permit: {e}")),
-            }
-        }
-    }
-
     fn go_on(&mut self, now: i64) {
         match self.timeline.due(now) {
             Step::Wait => {}
             Step::Term { by_deadline } => self.term(by_deadline),
             Step::Kill => self.kill(),
         }
-        if !matches!(self.phase, Phase::Starting { .. }) {
-            self.remove_permit();
+        if !self.permit_gone && !matches!(self.phase, Phase::Starting { .. }) {
+            // From now on nobody can start it.
+            self.permit_gone = remove_permit(&self.target.permit);
         }
         let (id, permit_gone) = (&self.target.id, self.permit_gone);
         match &mut self.phase {
@@ -503,6 +471,9 @@ impl ContainerGuard {
         for update in input.updates() {
             self.latest = update;
             self.timeline.update(update);
+        }
+        if let Some(deputy) = &self.deputy {
+            deputy.set(self.timeline.hard_at());
         }
     }
 }

@@ -28,6 +28,7 @@
 mod contain;
 mod container;
 mod deadline;
+mod deputy;
 mod engine;
 pub(crate) mod peer;
 mod process;

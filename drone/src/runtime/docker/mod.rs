@@ -28,7 +28,7 @@ mod watch;
 pub use end::EndError;
 pub use labels::Owner;
 
-use super::leftovers::end_left;
+use super::leftovers::{Family, end_left};
 use super::watcher::{Guard, line, tell};
 use super::{BackendSpec, Runtime, Want, process};
 use crate::adopt::Link;
@@ -61,26 +61,36 @@ const PERMIT: &str = "permit";
 /// This program, also after its file was replaced by an upgrade.
 const OWN_PROGRAM: &str = "/proc/self/exe";
 
-/// Why containers cannot be run.
+/// The base of what is mounted is not usable.
 #[derive(Debug, thiserror::Error)]
-pub enum DockerError {
-    /// The base of what is mounted is not usable.
-    #[error("--mount-base {path}: {source}")]
-    MountBase {
-        /// Where.
-        path: PathBuf,
-        /// What.
-        source: io::Error,
-    },
+#[error("--mount-base {path}: {source}")]
+pub struct MountBaseError {
+    /// Where.
+    path: PathBuf,
+    /// What.
+    source: io::Error,
 }
 
 /// Where the engine is, and what may be mounted.
 #[derive(Debug, Clone)]
 pub struct DockerConfig {
-    /// The engine's Unix socket.
-    pub socket: PathBuf,
-    /// Below this are the directories that backends may have mounted; none may without.
-    pub mount_base: Option<PathBuf>,
+    socket: PathBuf,
+    mount_base: Option<PathBuf>,
+}
+
+impl DockerConfig {
+    /// An engine at this Unix socket. Backends may have directories mounted that are below `mount_base`, none without.
+    pub fn new(socket: PathBuf, mount_base: Option<PathBuf>) -> Result<Self, MountBaseError> {
+        let checked = |path: PathBuf| {
+            // Without links in it: below it none is followed.
+            path.canonicalize()
+                .and_then(
+                    |base| if base.is_dir() { Ok(base) } else { Err(io::ErrorKind::NotADirectory.into()) },
+                )
+                .map_err(|source| MountBaseError { path, source })
+        };
+        Ok(Self { socket, mount_base: mount_base.map(checked).transpose()? })
+    }
 }
 
 /// See the module.
@@ -91,6 +101,8 @@ pub struct DockerRuntime {
     docker: Docker,
     config: DockerConfig,
     owner: Owner,
+    /// A killed guard leaves its deputy to this process, to be reaped.
+    family: Family,
     stats_turn: Arc<Semaphore>,
     /// Backends that a task of this drone watches.
     watched: Arc<Mutex<HashSet<String>>>,
@@ -120,19 +132,7 @@ fn permit_in(dir: &Path) -> PathBuf {
 impl DockerRuntime {
     /// Reaches the engine, for as long as that takes, and ends what an earlier drone has left behind without a guard.
     /// Goes on to do so every so often.
-    pub async fn start(
-        clock: DroneClock,
-        dirs: BackendsDir,
-        owner: Owner,
-        mut config: DockerConfig,
-    ) -> Result<Self, DockerError> {
-        if let Some(base) = &mut config.mount_base {
-            let checked = base.canonicalize().and_then(|path| match path.is_dir() {
-                true => Ok(path),
-                false => Err(io::ErrorKind::NotADirectory.into()),
-            });
-            *base = checked.map_err(|source| DockerError::MountBase { path: base.clone(), source })?;
-        }
+    pub async fn start(clock: DroneClock, dirs: BackendsDir, owner: Owner, config: DockerConfig) -> Self {
         let docker = reach(&config.socket).await;
         let runtime = Self {
             clock,
@@ -140,6 +140,7 @@ impl DockerRuntime {
             docker,
             config,
             owner,
+            family: Family::new(),
             stats_turn: Arc::new(Semaphore::new(stats::REQUESTS_MAX)),
             watched: Arc::default(),
         };
@@ -149,7 +150,7 @@ impl DockerRuntime {
         }
         info!(socket = %runtime.config.socket.display(), "containers that nobody guards are ended");
         tokio::spawn(keep_sweeping(runtime.clone()));
-        Ok(runtime)
+        runtime
     }
 
     fn watched(&self) -> HashSet<String> {
@@ -290,7 +291,8 @@ impl DockerRuntime {
             update: process::update(self.clock, want),
         };
         let arm_line = line(&arm)?;
-        let child = Command::new(OWN_PROGRAM)
+        let mut command = Command::new(OWN_PROGRAM);
+        command
             // For whoever looks at the list of processes.
             .arg0("holdfast-drone")
             .arg(GUARD_ARGUMENT)
@@ -299,9 +301,9 @@ impl DockerRuntime {
             .stdout(Stdio::piped())
             .stderr(guard_log)
             // Ctrl-C at the drone's terminal is for the drone alone.
-            .process_group(0)
-            .spawn()?;
-        Ok(Guard::started(child, None, arm_line))
+            .process_group(0);
+        let (child, known) = self.family.spawn(&mut command)?;
+        Ok(Guard::started(child, Some(known), arm_line))
     }
 }
 
@@ -357,6 +359,7 @@ async fn reach(socket: &Path) -> Docker {
 async fn keep_sweeping(runtime: DockerRuntime) {
     loop {
         tokio::time::sleep(prune::INTERVAL).await;
+        runtime.family.reap();
         if let Err(e) = prune::sweep(&runtime).await {
             warn!("containers without a guard may be left: {e}");
         }

@@ -12,7 +12,7 @@ use tokio::time::timeout;
 
 /// How often a backend's use is asked for and told.
 pub const METRICS_INTERVAL: Duration = Duration::from_secs(30);
-/// When it is for the first time, after it was started.
+/// When it is told for the first time, after it was started.
 pub const METRICS_FIRST: Duration = Duration::from_secs(5);
 /// Requests to the engine at a time, of all containers.
 pub(super) const REQUESTS_MAX: usize = 4;

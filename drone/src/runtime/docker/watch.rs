@@ -13,9 +13,10 @@ use bollard::models::ContainerStatsResponse;
 use futures::future::{Fuse, FusedFuture, FutureExt};
 use holdfast_wire::TerminationKind;
 use std::path::Path;
+use std::time::Duration;
 use tokio::io::AsyncBufReadExt;
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep};
+use tokio::time::{Instant, sleep};
 use tracing::{info, warn};
 
 pub(super) struct Watch<'a> {
@@ -27,7 +28,8 @@ pub(super) struct Watch<'a> {
     running: bool,
     exited: bool,
     gone: bool,
-    counters: Counters,
+    /// Of the last time, to count on from.
+    counters: Option<Counters>,
 }
 
 impl<'a> Watch<'a> {
@@ -38,7 +40,6 @@ impl<'a> Watch<'a> {
         permit: &'a Path,
         facts: &'a mpsc::Sender<Fact>,
     ) -> Self {
-        let counters = Counters::default();
         Self {
             runtime,
             backend,
@@ -48,14 +49,13 @@ impl<'a> Watch<'a> {
             running: false,
             exited: false,
             gone: false,
-            counters,
+            counters: None,
         }
     }
 
     /// Watches until nothing is left.
     pub(super) async fn watch(mut self, guard: Guard, mut want: watch::Receiver<Want>, mut told: Want) {
-        // A guard that is a child of ours is reaped by number here; it is no namespace's.
-        let Guard { process: mut guard, known: _known, input: mut stdin, output, arm_line } = guard;
+        let Guard { process: mut guard, known, input: mut stdin, output, arm_line } = guard;
         let mut unsent = Unsent::new(arm_line);
         // What is wanted by now is not in `unsent`. Only the latest counts.
         let mut newer = false;
@@ -67,8 +67,9 @@ impl<'a> Watch<'a> {
             let out_of_patience = sleep(patience(told.kill_ms));
             let asking = Fuse::terminated();
             tokio::pin!(out_of_patience, asking);
-            let mut ask_now = interval_at(Instant::now() + METRICS_FIRST, METRICS_INTERVAL);
-            ask_now.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            // At first at once, to have something to count from.
+            let ask_at = sleep(Duration::ZERO);
+            tokio::pin!(ask_at);
             loop {
                 if newer && unsent.is_empty() {
                     newer = false;
@@ -109,7 +110,10 @@ impl<'a> Watch<'a> {
                             stdin = None;
                         }
                     }
-                    _ = ask_now.tick(), if self.running && asking.is_terminated() => {
+                    () = &mut ask_at, if self.running && asking.is_terminated() => {
+                        let first = self.counters.is_none();
+                        let wait = if first { METRICS_FIRST } else { METRICS_INTERVAL };
+                        ask_at.as_mut().reset(Instant::now() + wait);
                         let turn = std::sync::Arc::clone(&self.runtime.stats_turn);
                         let id = self.container.to_owned();
                         asking.set(stats::ask(self.runtime.docker.clone(), turn, id).fuse());
@@ -119,21 +123,19 @@ impl<'a> Watch<'a> {
             }
         }
         if self.gone {
-            if let Err(e) = guard.wait().await {
-                warn!(backend = self.backend, "cannot wait for the guard: {e}");
-            }
+            wait(&mut guard, self.backend).await;
             return;
         }
         warn!(backend = self.backend, "the guard has died; ending what is left of the container");
         // It may be stopped, or have closed its output: it must not start anything any more.
         kill(&mut guard, self.backend);
-        if let Err(e) = guard.wait().await {
-            warn!(backend = self.backend, "cannot wait for the guard: {e}");
-        }
+        wait(&mut guard, self.backend).await;
+        drop(known);
         if !self.exited {
             tell(self.facts, Fact::Failed).await;
         }
         end::end(&self.runtime.docker, self.container, self.permit).await;
+        self.runtime.family.reap();
     }
 
     async fn report(&mut self, line: &str) {
@@ -174,12 +176,12 @@ impl<'a> Watch<'a> {
         if !self.running {
             return;
         }
-        let Some((metrics, counters)) =
-            stats.and_then(|stats| stats::metrics(self.backend, &stats, self.counters))
-        else {
+        let Some(stats) = stats else { return };
+        let last = self.counters.unwrap_or_default();
+        let Some((metrics, counters)) = stats::metrics(self.backend, &stats, last) else { return };
+        if self.counters.replace(counters).is_none() {
             return;
-        };
-        self.counters = counters;
+        }
         // Figures that there is no room for are told by the next ones.
         if let Ok(metrics) = serde_json::to_value(metrics) {
             let _ = self.facts.try_send(Fact::Metrics(metrics));
@@ -190,5 +192,11 @@ impl<'a> Watch<'a> {
 fn kill(guard: &mut GuardProcess, backend: &str) {
     if let Err(e) = guard.start_kill() {
         warn!(backend, "cannot kill the guard: {e}");
+    }
+}
+
+async fn wait(guard: &mut GuardProcess, backend: &str) {
+    if let Err(e) = guard.wait().await {
+        warn!(backend, "cannot wait for the guard: {e}");
     }
 }
