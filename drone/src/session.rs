@@ -35,6 +35,8 @@ const PING_INTERVAL: Duration = Duration::from_secs(1);
 const READ_TIMEOUT: Duration = Duration::from_secs(3);
 /// A session in which nothing can be sent for this long is dropped.
 const SEND_TIMEOUT: Duration = Duration::from_secs(3);
+/// Bytes that one read of the socket asks for: the library fills as much with zeroes before each read.
+const READ_BUFFER_BYTES: usize = 8 * 1024;
 /// Longest wait for a connection, and again for the handshake.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often the controller is asked whether another one leads.
@@ -230,6 +232,7 @@ impl Session {
         let mut config = WebSocketConfig::default();
         config.max_message_size = Some(MESSAGE_BYTES_MAX);
         config.max_frame_size = Some(MESSAGE_BYTES_MAX);
+        config.read_buffer_size = READ_BUFFER_BYTES;
         let request = self.identity.socket_url(url);
         let connect = connect_async_with_config(request, Some(config), true);
         let mut socket = match timeout(CONNECT_TIMEOUT, connect).await {

@@ -18,6 +18,7 @@
 //! the only one that waits for its disk. A hand-over that does not happen within [`HAND_OVER_TIMEOUTS`] would leave a leader
 //! that proposes nothing for ever; so its heartbeats are stopped then until somebody else leads.
 
+use crate::background::Background;
 use crate::boot_clock::boot_ms;
 use crate::store::Inner;
 use crate::transport::wire::{Reply, Request};
@@ -26,7 +27,7 @@ use std::ffi::CString;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::watch;
@@ -156,7 +157,6 @@ pub(crate) struct DiskWatch {
     unfit_since_ms: AtomicU64,
     /// What RocksDB failed at in the background, found by the thread.
     background: Mutex<Option<String>>,
-    stopping: AtomicBool,
 }
 
 impl DiskWatch {
@@ -168,7 +168,6 @@ impl DiskWatch {
             unfit: watch::Sender::new(None),
             unfit_since_ms: AtomicU64::new(0),
             background: Mutex::default(),
-            stopping: AtomicBool::new(false),
         })
     }
 
@@ -249,11 +248,11 @@ pub fn has_room(dir: &Path, reserve: u64) -> io::Result<bool> {
 }
 
 /// Starts the thread and the task; both end with the replica.
-pub(crate) fn start(inner: &Arc<Inner>) -> io::Result<()> {
+pub(crate) fn start(inner: &Arc<Inner>) -> io::Result<Background> {
     let looked = Arc::downgrade(inner);
     let watch = inner.disk.clone();
-    std::thread::Builder::new().name("disk-watch".into()).spawn(move || {
-        while !watch.stopping.load(Ordering::Acquire) {
+    let thread = Background::start("disk-watch", move |ended| {
+        loop {
             match free_bytes(&watch.dir) {
                 Ok(free) => watch.free.store(free, Ordering::Relaxed),
                 Err(error) => tracing::warn!(%error, dir = %watch.dir.display(), "free space is not known"),
@@ -264,11 +263,13 @@ pub(crate) fn start(inner: &Arc<Inner>) -> io::Result<()> {
             if errors.is_some() {
                 *watch.background.lock().unwrap_or_else(PoisonError::into_inner) = errors;
             }
-            std::thread::sleep(SPACE_EVERY);
+            if !ended.pause(SPACE_EVERY) {
+                return;
+            }
         }
     })?;
     inner.tasks.spawn(run(inner.clone()));
-    Ok(())
+    Ok(thread)
 }
 
 impl Inner {
@@ -336,18 +337,8 @@ impl Inner {
     }
 }
 
-/// Ends the thread once its present look is over.
-struct EndThread(Arc<DiskWatch>);
-
-impl Drop for EndThread {
-    fn drop(&mut self) {
-        self.0.stopping.store(true, Ordering::Release);
-    }
-}
-
 async fn run(inner: Arc<Inner>) {
     let watch = inner.disk.clone();
-    let _end = EndThread(watch.clone());
     let mut judge = Judge::new(inner.config.disk_reserve_bytes, inner.config.election_timeout_ms);
     let mut hand_over = HandOver::default();
     loop {

@@ -106,7 +106,7 @@ impl Inspected {
 
     /// Reads everything that log and state have on disk, so that every checksum is checked.
     pub fn scrub(&self) -> io::Result<()> {
-        self.state.scrub(|| true).map_err(io::Error::other)?;
+        self.state.scrub(|| true)?;
         self.log.scrub(|| true)?;
         match self.snapshots.current() {
             Some((_, held)) => scrub_dir(&held.path, || true),

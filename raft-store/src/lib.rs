@@ -34,6 +34,7 @@
 //! 8. *Unknown is said*: [`ProposeError`] tells "certainly not done" from "done or not done".
 
 pub mod api;
+mod background;
 pub mod backup;
 mod boot_clock;
 #[cfg(test)]
@@ -64,6 +65,7 @@ mod state_machine;
 mod store;
 #[cfg(test)]
 mod suite_test;
+mod table_files;
 mod transport;
 mod types;
 

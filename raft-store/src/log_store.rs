@@ -12,7 +12,8 @@
 use crate::codec::{WireLogId, WireVote, decode_entry, encode_entry};
 use crate::gauge::Gauge;
 use crate::log_files::{Wal, check_db, sync_parent};
-use crate::scrub::read_through;
+use crate::scrub::{check_tables, read_through};
+use crate::table_files::with_damaged_tables;
 use crate::types::{LogEntry, LogId, Stamper, TypeConfig, Vote};
 use bytes::Bytes;
 use futures::{Stream, TryStreamExt};
@@ -210,7 +211,8 @@ impl LogStore {
             options.set_write_buffer_size(64 << 20);
             ColumnFamilyDescriptor::new(name, options)
         });
-        let db = DB::open_cf_descriptors(&options, dir, cfs).map_err(io_error)?;
+        let db = DB::open_cf_descriptors(&options, dir, cfs)
+            .map_err(|e| io_error(with_damaged_tables(dir, &e)))?;
         sync_parent(dir)?;
         let meta = db.cf_handle(CF_META).ok_or_else(|| io_error("the log has no meta table"))?;
         match db.get_cf(meta, KEY_MEMBER).map_err(io_error)? {
@@ -324,7 +326,7 @@ impl LogStore {
             let cf = db.cf_handle(name).ok_or_else(|| io_error(format!("the {name} table is gone")))?;
             read_through(db, cf, &mut pause).map_err(io_error)?;
         }
-        Ok(())
+        check_tables(db, db.path(), &mut pause)
     }
 
     /// The entry at an index, if it is in the log.

@@ -3,9 +3,13 @@
 //! snapshot. What is found stops the replica, as a failed write does: its state can't be trusted any more, while the others
 //! have it.
 
+use crate::background::{Background, Ended};
 use crate::state_db::scrub_dir;
 use crate::store::Inner;
+use crate::table_files::check_table;
 use rocksdb::{ColumnFamily, DB, IteratorMode, ReadOptions};
+use std::io;
+use std::path::Path;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -15,8 +19,6 @@ const SCRUB_EVERY: Duration = Duration::from_secs(24 * 60 * 60);
 const PIECE_BYTES: usize = 1 << 20;
 /// A pause: 20 MB/s at most, which no disk notices.
 const PAUSE: Duration = Duration::from_millis(50);
-/// How often the thread looks whether the replica is still there.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// Reads a whole table past the cache, with checksums. `pause` is called after each piece and says whether to go on.
 pub(crate) fn read_through(
@@ -41,14 +43,40 @@ pub(crate) fn read_through(
     Ok(())
 }
 
-fn scrub(replica: &Weak<Inner>) -> Option<()> {
+/// Checks the tables that an open database uses, in what reading their rows does not read. See [`check_table`].
+pub(crate) fn check_tables(db: &DB, dir: &Path, pause: &mut impl FnMut() -> bool) -> io::Result<()> {
+    for table in db.live_files().map_err(io::Error::other)? {
+        match check_table(&dir.join(table.name.trim_start_matches('/'))) {
+            // It was compacted away meanwhile: a table that is *needed* and missing keeps the database from opening.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            checked => checked?,
+        }
+        if !pause() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Starts the thread.
+pub(crate) fn start(inner: &Arc<Inner>) -> io::Result<Background> {
+    let replica = Arc::downgrade(inner);
+    Background::start(
+        "scrub",
+        move |ended| {
+            while scrub(&replica, ended).is_some() && ended.pause(SCRUB_EVERY) {}
+        },
+    )
+}
+
+fn scrub(replica: &Weak<Inner>, ended: &Ended) -> Option<()> {
     let inner = replica.upgrade()?;
     let (state, log, snapshots) = (inner.state.clone(), inner.log.clone(), inner.snapshots.clone());
-    let cancel = inner.cancel.clone();
     drop(inner);
+    let mut stopped = false;
     let mut pause = || {
-        std::thread::sleep(PAUSE);
-        !cancel.is_cancelled()
+        stopped = stopped || !ended.pause(PAUSE);
+        !stopped
     };
     let began = Instant::now();
     let state = state.scrub(&mut pause).map_err(|e| format!("the state is damaged: {e}"));
@@ -59,28 +87,13 @@ fn scrub(replica: &Weak<Inner>) -> Option<()> {
         }
         None => Ok(()),
     });
+    if stopped {
+        return None;
+    }
     let inner = replica.upgrade()?;
     match found {
         Ok(()) => tracing::info!(seconds = began.elapsed().as_secs(), "every checksum on disk is right"),
         Err(why) => inner.fail(why),
     }
     Some(())
-}
-
-/// Starts the thread; it ends with the replica.
-pub(crate) fn start(inner: &Arc<Inner>) -> std::io::Result<()> {
-    let replica = Arc::downgrade(inner);
-    std::thread::Builder::new().name("scrub".into()).spawn(move || {
-        while scrub(&replica).is_some() {
-            let next = Instant::now() + SCRUB_EVERY;
-            while Instant::now() < next {
-                match replica.upgrade() {
-                    Some(inner) if !inner.cancel.is_cancelled() => {}
-                    _ => return,
-                }
-                std::thread::sleep(LOOK_EVERY);
-            }
-        }
-    })?;
-    Ok(())
 }

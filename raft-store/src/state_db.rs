@@ -15,7 +15,8 @@ use crate::gauge::Gauge;
 use crate::log_files::{Damage, Wal, check_db, sync_parent};
 use crate::log_store::{background_errors, db_options};
 use crate::overlay::{Layer, Layers, lay_over};
-use crate::scrub::read_through;
+use crate::scrub::{check_tables, read_through};
+use crate::table_files::with_damaged_tables;
 use crate::types::{LogId, SnapshotMeta, StoredMembership};
 use holdfast_core::codec::{decode, encode};
 use holdfast_core::kv::{ReadState, Row, StateError, Table, Writes};
@@ -147,7 +148,7 @@ fn open_db(dir: &Path) -> io::Result<DB> {
     options.set_max_total_wal_size(2 * WRITE_BUFFERS_BYTES as u64);
     let cache = Cache::new_lru_cache(BLOCK_CACHE_BYTES);
     let cfs = Table::ALL.map(|table| ColumnFamilyDescriptor::new(table.name(), table_options(&cache)));
-    DB::open_cf_descriptors(&options, dir, cfs).map_err(|e| io_error(format!("{}: {e}", dir.display())))
+    DB::open_cf_descriptors(&options, dir, cfs).map_err(|e| io_error(with_damaged_tables(dir, &e)))
 }
 
 impl OpenDb {
@@ -346,12 +347,14 @@ impl StateHandle {
     }
 
     /// Reads everything, so that every checksum is checked. See [`read_through`].
-    pub(crate) fn scrub(&self, mut pause: impl FnMut() -> bool) -> Result<(), StateError> {
+    pub(crate) fn scrub(&self, mut pause: impl FnMut() -> bool) -> io::Result<()> {
         for table in Table::ALL {
             let current = self.current();
-            read_through(&current.db, cf(&current.db, table)?, &mut pause).map_err(read_error)?;
+            let cf = cf(&current.db, table).map_err(io_error)?;
+            read_through(&current.db, cf, &mut pause).map_err(io_error)?;
         }
-        Ok(())
+        let current = self.current();
+        check_tables(&current.db, &current.dir, &mut pause)
     }
 
     /// Makes everything committed so far durable.
@@ -494,7 +497,7 @@ pub(crate) fn is_position(table: Table, key: &[u8]) -> bool {
 pub fn read_meta(dir: &Path) -> io::Result<SnapshotMeta> {
     let cfs = Table::ALL.map(Table::name);
     let db = DB::open_cf_for_read_only(&Options::default(), dir, cfs, false)
-        .map_err(|e| io_error(format!("{}: {e}", dir.display())))?;
+        .map_err(|e| io_error(with_damaged_tables(dir, &e)))?;
     let meta = cf(&db, Table::Meta).map_err(io_error)?;
     let applied = db
         .get_cf(meta, KEY_APPLIED)
@@ -515,11 +518,11 @@ pub fn read_meta(dir: &Path) -> io::Result<SnapshotMeta> {
 pub fn scrub_dir(dir: &Path, mut pause: impl FnMut() -> bool) -> io::Result<()> {
     let cfs = Table::ALL.map(Table::name);
     let db = DB::open_cf_for_read_only(&Options::default(), dir, cfs, false)
-        .map_err(|e| io_error(format!("{}: {e}", dir.display())))?;
+        .map_err(|e| io_error(with_damaged_tables(dir, &e)))?;
     for table in Table::ALL {
         read_through(&db, cf(&db, table).map_err(io_error)?, &mut pause).map_err(io_error)?;
     }
-    Ok(())
+    check_tables(&db, dir, &mut pause)
 }
 
 impl From<&SnapshotMeta> for WireSnapshotMeta {

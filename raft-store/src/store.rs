@@ -4,6 +4,7 @@ use crate::api::{
     Answer, LeaderInfo, MemberChange, MemberChanged, MemberError, MemberStatus, OpenError, ProposeError,
     ReadError, ReadPoint, ReplicaStatus, StoreConfig,
 };
+use crate::background::Background;
 use crate::disk::{self, DiskWatch};
 use crate::inspect;
 use crate::keeper;
@@ -92,6 +93,8 @@ pub struct Store {
     pub(crate) inner: Arc<Inner>,
     /// Not in `Inner`, which the thread's own tasks hold.
     thread: Arc<Mutex<Option<RaftThread>>>,
+    /// What holds the databases now and then.
+    background: Arc<Mutex<Vec<Background>>>,
 }
 
 pub(crate) fn storage(what: &str, path: &Path) -> impl FnOnce(String) -> OpenError {
@@ -150,8 +153,13 @@ impl Store {
         // It reads the state, which the raft thread must not.
         inner.tasks.spawn(keeper::run(inner.clone()));
         // Not on the raft thread either, which is one of those that it watches.
-        disk::start(&inner).and_then(|()| crate::scrub::start(&inner)).map_err(|e| starting(&e))?;
-        Ok(Self { inner, thread: Arc::new(Mutex::new(Some(thread))) })
+        let watch = disk::start(&inner).map_err(|e| starting(&e))?;
+        let scrub = crate::scrub::start(&inner).map_err(|e| starting(&e))?;
+        Ok(Self {
+            inner,
+            thread: Arc::new(Mutex::new(Some(thread))),
+            background: Arc::new(Mutex::new(vec![watch, scrub])),
+        })
     }
 
     /// [`Self::open`], on the thread that the replica will run on.
@@ -478,6 +486,12 @@ impl Store {
 
     /// Stops the replica's tasks and closes its databases.
     pub async fn stop(&self) {
+        let background = std::mem::take(&mut *self.background.lock().unwrap_or_else(PoisonError::into_inner));
+        let ended =
+            tokio::task::spawn_blocking(move || background.into_iter().for_each(Background::end)).await;
+        if let Err(error) = ended {
+            tracing::warn!(%error, "waiting for the background threads failed");
+        }
         self.inner.stop().await;
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(thread) = thread

@@ -52,10 +52,14 @@ async fn once(app: &App, command: FromDrone, until: Option<Instant>) -> Result<O
     }
 }
 
-/// Proposes until the answer is definite, or `until`. Only for commands that may be applied twice.
-async fn patiently(app: &App, command: FromDrone, until: Option<Instant>) -> Result<Outcome, ProposeError> {
+/// Proposes what `command` makes until the answer is definite, or `until`. Only for commands that may be applied twice.
+async fn patiently(
+    app: &App,
+    command: impl Fn() -> FromDrone,
+    until: Option<Instant>,
+) -> Result<Outcome, ProposeError> {
     loop {
-        let outcome = once(app, command.clone(), until).await;
+        let outcome = once(app, command(), until).await;
         match &outcome {
             Err(ProposeError::NoLeader | ProposeError::OutcomeUnknown(_) | ProposeError::Overloaded)
                 if until.is_none_or(|until| Instant::now() + RETRY_PAUSE < until) =>
@@ -75,8 +79,23 @@ pub fn renew(
     lease: LeaseConfig,
 ) -> BoxFuture<'static, Done> {
     async move {
-        let command = FromDrone::Renew(Renew { drone_id, keys: renewals::keys(&requests) });
-        let answer = patiently(&app, command, renewals::give_up_at(&requests, &lease)).await;
+        let until = renewals::give_up_at(&requests, &lease);
+        let pieces = renewals::pieces(&requests, together::ITEMS_PER_ENTRY).into_iter().map(|piece| {
+            let (app, requests) = (&app, &requests);
+            let renew =
+                move || FromDrone::Renew(Renew { drone_id, keys: renewals::keys(requests, piece.clone()) });
+            patiently(app, renew, until)
+        });
+        let mut outcomes = Vec::new();
+        let mut answer = Ok(());
+        for piece in futures::future::join_all(pieces).await {
+            match piece {
+                Ok(Outcome::Renewed(renewed)) => outcomes.extend(renewed),
+                Ok(other) => answer = Err(other),
+                Err(error) => return Done::Renewed { requests, answer: Err(error) },
+            }
+        }
+        let answer = answer.map_or_else(Ok, |()| Ok(Outcome::Renewed(outcomes)));
         Done::Renewed { requests, answer }
     }
     .boxed()
@@ -85,15 +104,15 @@ pub fn renew(
 /// Records states, in order. Repeating is harmless: states only rise.
 pub fn report(app: App, drone_id: i32, events: Vec<BackendEvent>) -> BoxFuture<'static, Done> {
     async move {
-        let reports = events
-            .iter()
-            .map(|event| StateReport {
+        let reports = || {
+            events.iter().map(|event| StateReport {
                 backend_id: event.backend_id.clone(),
                 state: event.state.clone(),
                 token: event.token,
             })
-            .collect();
-        let answer = patiently(&app, FromDrone::ReportStates { drone_id, reports }, None).await;
+        };
+        let report = || FromDrone::ReportStates { drone_id, reports: reports().collect() };
+        let answer = patiently(&app, report, None).await;
         Done::Reported { events, answer }
     }
     .boxed()
@@ -102,7 +121,8 @@ pub fn report(app: App, drone_id: i32, events: Vec<BackendEvent>) -> BoxFuture<'
 /// Records that the drone has its actions.
 pub fn acknowledge(app: App, drone_id: i32, action_ids: Vec<String>) -> BoxFuture<'static, Done> {
     async move {
-        Done::Acknowledged(patiently(&app, FromDrone::AckActions { drone_id, action_ids }, None).await)
+        let acknowledge = || FromDrone::AckActions { drone_id, action_ids: action_ids.clone() };
+        Done::Acknowledged(patiently(&app, acknowledge, None).await)
     }
     .boxed()
 }

@@ -12,6 +12,7 @@ use holdfast_wire::drone::{
     RenewedKey,
 };
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 /// Keys that can wait for an entry. Beyond it the oldest requests are left unanswered; the drone asks again.
@@ -93,9 +94,21 @@ impl Queue {
     }
 }
 
-/// All keys of some requests, in order.
-pub fn keys(requests: &[Request]) -> Vec<RenewKey> {
-    requests.iter().flat_map(|request| request.keys.iter().cloned()).collect()
+/// How many keys some requests have together.
+pub fn count(requests: &[Request]) -> usize {
+    requests.iter().map(|request| request.keys.len()).sum()
+}
+
+/// Keys of some requests, in order: those at `range` of all of them.
+pub fn keys(requests: &[Request], range: Range<usize>) -> Vec<RenewKey> {
+    let all = requests.iter().flat_map(|request| &request.keys);
+    all.skip(range.start).take(range.len()).cloned().collect()
+}
+
+/// Where each piece of at most `size` keys begins and ends.
+pub fn pieces(requests: &[Request], size: usize) -> Vec<Range<usize>> {
+    let all = count(requests);
+    (0..all).step_by(size).map(|at| at..(at + size).min(all)).collect()
 }
 
 /// Until when it makes sense to try, from the youngest of the requests: a drone renews at `renew_at`, so after the rest
@@ -114,7 +127,7 @@ pub struct Answers {
     pub end: Vec<String>,
 }
 
-/// Answers requests with the outcomes of their keys (as [`keys`] ordered them) at `now`.
+/// Answers requests with the outcomes of their keys (in [`keys`]' order) at `now`.
 pub fn answers(
     requests: &[Request],
     outcomes: &[RenewOutcome],
@@ -180,7 +193,12 @@ mod tests {
         queue.push(batch(200, 2, now));
         let taken = queue.take();
         assert!(queue.is_empty());
-        assert_eq!(keys(&taken).len(), 3);
+        assert_eq!(count(&taken), 3);
+        let names = |range| keys(&taken, range).into_iter().map(|key| key.backend_id).collect::<Vec<_>>();
+        assert_eq!(names(0..3), ["ba-x", "ba-0", "ba-1"]);
+        assert_eq!(pieces(&taken, 2), [0..2, 2..3]);
+        assert_eq!(names(2..3), ["ba-1"]);
+        assert_eq!(pieces(&[], 2), []);
         let lease = LeaseConfig::default();
         let outcomes = [RenewOutcome::Renewed, RenewOutcome::Renewed, RenewOutcome::Prevented];
         let answers = answers(&taken, &outcomes, &lease, now);

@@ -246,7 +246,7 @@ impl Session {
         while self.renewing < RENEWALS_UNDER_WAY_MAX && !self.renewals.is_empty() && !self.outbox.is_busy() {
             let requests = self.renewals.take();
             let lease = self.lease()?;
-            if renewals::keys(&requests).is_empty() {
+            if renewals::count(&requests) == 0 {
                 self.answer_renewals(&requests, &[], &lease)?;
                 continue;
             }

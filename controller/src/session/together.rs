@@ -19,8 +19,12 @@ use tokio::sync::{mpsc, oneshot};
 pub const QUEUE_MAX: usize = 8192;
 /// How long one entry may look for a leader before it is given up, and its parts may be proposed anew.
 pub const DEADLINE: Duration = Duration::from_secs(2);
-/// Entries under way: enough that one is always being made durable while others are written, sent or answered.
-const ENTRIES_MAX: usize = 4;
+/// Entries under way: one is being made durable while the other is written, sent or answered.
+const ENTRIES_MAX: usize = 2;
+/// Items of one entry, where a single command has no more. A larger entry would hold up everything behind it on every
+/// replica: a thousand renewals take milliseconds.
+pub const ITEMS_PER_ENTRY: usize = 512;
+const _: () = assert!(ITEMS_PER_ENTRY <= TOGETHER_ITEMS_MAX);
 
 /// A command and who waits for it.
 pub struct Item {
@@ -36,7 +40,7 @@ fn take(queue: &mut VecDeque<Item>) -> (Vec<FromDrone>, Vec<oneshot::Sender<Resu
     let mut items = 0;
     while let Some(next) = queue.front() {
         items += next.command.items();
-        if items > TOGETHER_ITEMS_MAX && !commands.is_empty() {
+        if items > ITEMS_PER_ENTRY && !commands.is_empty() {
             break;
         }
         if let Some(Item { command, answer }) = queue.pop_front() {
@@ -98,7 +102,6 @@ pub async fn run(app: App, mut items: mpsc::Receiver<Item>) {
 mod tests {
     use super::*;
     use holdfast_core::command::{Renew, RenewKey};
-    use holdfast_core::limits::RENEWALS_PER_ENTRY_MAX;
 
     fn item(drone_id: i32, keys: usize) -> (Item, oneshot::Receiver<Result<Outcome, ProposeError>>) {
         let (answer, answered) = oneshot::channel();
@@ -113,12 +116,12 @@ mod tests {
 
     #[test]
     fn an_entry_takes_what_waits_in_order_up_to_its_bound() {
-        let sizes = [1, RENEWALS_PER_ENTRY_MAX, RENEWALS_PER_ENTRY_MAX, 1];
+        let sizes = [1, ITEMS_PER_ENTRY / 2, ITEMS_PER_ENTRY / 2, 1];
         let mut queue: VecDeque<Item> = (1..).zip(sizes).map(|(drone, keys)| item(drone, keys).0).collect();
         assert_eq!(drones(&take(&mut queue).0), [1, 2]);
         assert_eq!(drones(&take(&mut queue).0), [3, 4]);
         assert!(queue.is_empty());
-        // One that is too large for any entry is refused by the state machine, and does not block the others.
+        // One that is larger has an entry for itself; too large for any is refused by the state machine. The others go on.
         queue.extend([item(5, 2 * TOGETHER_ITEMS_MAX).0, item(6, 1).0]);
         assert_eq!(drones(&take(&mut queue).0), [5]);
         assert_eq!(drones(&take(&mut queue).0), [6]);

@@ -145,7 +145,7 @@ pub enum ReportOutcome {
 /// Who has to look after an entry was applied.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Effect {
-    /// The set of pending actions of this drone changed.
+    /// This drone has a new pending action. That one is gone concerns nobody.
     Actions {
         /// The drone.
         drone_id: i32,

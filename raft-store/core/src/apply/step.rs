@@ -128,7 +128,7 @@ impl<'s, 'b, R: ReadState + ?Sized> Step<'s, 'b, R> {
         self.actions_changed(drone_id);
     }
 
-    /// Deletes an action if it is there.
+    /// Deletes an action if it is there. Nobody is woken for it: there is nothing new to send.
     pub(super) fn delete_action(
         &mut self,
         drone_id: i32,
@@ -137,7 +137,6 @@ impl<'s, 'b, R: ReadState + ?Sized> Step<'s, 'b, R> {
         let key = keys::action(drone_id, index, sub);
         if self.txn.get(Table::Actions, &key)?.is_some() {
             self.txn.delete(Table::Actions, key);
-            self.actions_changed(drone_id);
         }
         Ok(())
     }

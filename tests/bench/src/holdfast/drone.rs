@@ -17,7 +17,8 @@ use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 use tokio_tungstenite::tungstenite::Message;
-use tokio_tungstenite::{WebSocketStream, client_async};
+use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
+use tokio_tungstenite::{WebSocketStream, client_async_with_config};
 
 /// As a real drone's under the default lease.
 const HEARTBEAT_EVERY: Duration = Duration::from_millis(1_500);
@@ -151,7 +152,10 @@ async fn handshake(
     stream.set_nodelay(true).during("TCP_NODELAY")?;
     let query = if identity.pool.is_empty() { String::new() } else { format!("?pool={}", identity.pool) };
     let url = format!("ws://{addr}/ctrl/c/{}/drone-socket{query}", identity.cluster);
-    let (mut socket, _) = client_async(url, stream).await.during("opening a drone socket")?;
+    // The library fills its read buffer with zeroes before each read: the default's 128 KiB would measure that.
+    let config = WebSocketConfig::default().read_buffer_size(8 * 1024);
+    let opened = client_async_with_config(url, stream, Some(config)).await;
+    let (mut socket, _) = opened.during("opening a drone socket")?;
     let hello = DroneHandshake {
         version: VersionInfo::current(),
         name: identity.name.clone(),
