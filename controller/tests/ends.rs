@@ -57,7 +57,8 @@ async fn backends_of_a_drone_that_never_comes_back_end_as_lost_by_themselves() {
     server.wait_for_drone("dr-a").await;
     let (running, token) = start(&server, &mut drone, "running", json!({})).await;
     let (ending, ending_token) = start(&server, &mut drone, "ending", json!({})).await;
-    let state = json!({"status": "terminating", "last_status": "ready", "termination": "soft", "reason": "external"});
+    let state =
+        json!({"status": "terminating", "last_status": "ready", "termination": "soft", "reason": "external"});
     drone.report(2, &ending, state, ending_token).await;
     drone.send(&json!({"Heartbeat": {"local_time": 1_000_100}})).await;
     // Answered in order: the heartbeat is on its way to an entry when this is.
@@ -88,7 +89,10 @@ async fn backends_of_a_drone_that_never_comes_back_end_as_lost_by_themselves() {
     for (event_id, state) in [(1, ready()), (2, terminated())] {
         drone.report(event_id, &running, state, token).await;
         let (_, status) = server.get(&format!("/pub/b/{running}/status")).await;
-        assert_eq!((&status["status"], &status["termination_reason"]), (&json!("terminated"), &json!("lost")));
+        assert_eq!(
+            (&status["status"], &status["termination_reason"]),
+            (&json!("terminated"), &json!("lost"))
+        );
     }
     server.stop().await;
 }
@@ -123,7 +127,10 @@ async fn a_drain_ends_what_is_left_at_its_deadline_and_counts_down() {
     let (_, answer) = server.post(drain_path("dr-a"), &json!({"deadline_ms": 100})).await;
     assert_eq!(answer, json!({"updated": true, "remaining": 1}));
     let row = drone_row(&server).await;
-    assert_eq!((&row["draining"], &row["ready"], &row["backend_count"]), (&json!(true), &json!(false), &json!(1)));
+    assert_eq!(
+        (&row["draining"], &row["ready"], &row["backend_count"]),
+        (&json!(true), &json!(false), &json!(1))
+    );
     let (_, state) = server.get(&format!("/ctrl/c/{CLUSTER}/state")).await;
     assert_eq!(state["drones"][0]["drain_deadline"], row["drain_deadline"]);
     assert!(row["drain_deadline"].is_u64());
@@ -143,9 +150,7 @@ async fn limits_end_a_backend_and_connections_keep_it() {
     let idle_limit = json!({"max_idle_seconds": 1, "lifetime_limit_seconds": 3600});
     let (busy, busy_token) = start(&server, &mut drone, "busy", idle_limit.clone()).await;
     let activity = |id: i64, items: &[(&str, u64, u64)]| {
-        let item = |(backend, token, connections): &(&str, u64, u64)| {
-            json!({"backend": backend, "token": token, "connections": connections, "idle_ms": 500})
-        };
+        let item = |(backend, token, connections): &(&str, u64, u64)| json!({"backend": backend, "token": token, "connections": connections, "idle_ms": 500});
         json!({"BackendActivity": {"activity_id": id, "backends": items.iter().map(item).collect::<Vec<_>>()}})
     };
     drone.send(&activity(1, &[(&busy, busy_token, 2), (&free, free_token, 0)])).await;

@@ -228,7 +228,8 @@ async fn a_drain_has_a_deadline_is_waited_for_and_undone() {
     assert_eq!(stdout(&undone), "dr-a takes backends again\n");
     let listed = run(&controller.url, &["drones", "list"]).await;
     assert!(stdout(&listed).contains("stopping"), "{listed:?}");
-    let bodies: Vec<_> = controller.asked().into_iter().filter(|asked| asked.line.starts_with("POST")).collect();
+    let bodies: Vec<_> =
+        controller.asked().into_iter().filter(|asked| asked.line.starts_with("POST")).collect();
     let bodies: Vec<_> = bodies.iter().map(|asked| asked.body.as_str()).collect();
     assert_eq!(bodies, [r#"{"deadline_ms":300000}"#, "", r#"{"undo":true}"#]);
 }

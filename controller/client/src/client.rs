@@ -10,8 +10,8 @@ use bytes::Bytes;
 use futures::Stream;
 use holdfast_wire::http::{
     AddMember, BackendInfo, BackendPage, BackendStatusMessage, ClusterInfo, ClusterState, ConnectRequest,
-    ConnectResponse, DrainRequest, DrainResult, DroneInfo, DronePage, KeyInfo, KeyName, KeyPage, MemberChangeResult,
-    RevokeRequest, StatusResponse, TransferLeader,
+    ConnectResponse, DrainRequest, DrainResult, DroneInfo, DronePage, KeyInfo, KeyName, KeyPage,
+    MemberChangeResult, RevokeRequest, StatusResponse, TransferLeader,
 };
 use holdfast_wire::limits::WAIT_MS_DEFAULT;
 use holdfast_wire::{BackendStatus, TerminationKind};

@@ -201,8 +201,7 @@ mod tests {
         );
         assert!(!info(1, drone.clone(), 12_999, 30_000).ready, "draining");
         assert!(!state(drone.clone(), 40_000, 30_000).ready, "not heard of for half of renew");
-        let leaving =
-            DroneRecord { draining: false, leaving: true, drain_deadline_ms: Some(7), ..drone };
+        let leaving = DroneRecord { draining: false, leaving: true, drain_deadline_ms: Some(7), ..drone };
         let shown = info(1, leaving.clone(), 12_999, 30_000);
         assert!(shown.draining && shown.stopping && !shown.ready && shown.drain_deadline == Some(7));
         let shown = state(leaving, 12_999, 30_000);

@@ -76,13 +76,16 @@ fn check(message: &MessageFromDrone) -> Result<(), String> {
             Err(format!("AckAction.action_id is longer than {ACTION_ID_BYTES_MAX} bytes"))
         }
         MessageFromDrone::AckAction { .. } | MessageFromDrone::Draining {} => Ok(()),
-        MessageFromDrone::BackendActivity(activity) if activity.backends.len() > ACTIVITIES_MAX => Err(format!(
-            "BackendActivity.backends has {} entries, at most {ACTIVITIES_MAX} are allowed",
-            activity.backends.len()
-        )),
-        MessageFromDrone::BackendActivity(activity) => {
-            activity.backends.iter().try_for_each(|item| name("BackendActivity.backends.backend", &item.backend))
+        MessageFromDrone::BackendActivity(activity) if activity.backends.len() > ACTIVITIES_MAX => {
+            Err(format!(
+                "BackendActivity.backends has {} entries, at most {ACTIVITIES_MAX} are allowed",
+                activity.backends.len()
+            ))
         }
+        MessageFromDrone::BackendActivity(activity) => activity
+            .backends
+            .iter()
+            .try_for_each(|item| name("BackendActivity.backends.backend", &item.backend)),
     }
 }
 

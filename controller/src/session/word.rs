@@ -177,7 +177,8 @@ mod tests {
         word.activity(activity(5, &[("limited", 2)]));
         word.activity(activity(6, &[("limited", 0), ("free", 1), ("elsewhere", 0)]));
         let next = |word: &mut Word| word.next(1, "s", &view).unwrap();
-        let Some(Next::Record { command: FromDrone::Activity { number, items, .. }, answer }) = next(&mut word)
+        let Some(Next::Record { command: FromDrone::Activity { number, items, .. }, answer }) =
+            next(&mut word)
         else {
             panic!("nothing to record")
         };

@@ -1,7 +1,9 @@
 //! The records of the state: one type for each kind. [`crate::kv::Table`] says where each lives and under what key.
 
 use bincode::{Decode, Encode};
-use holdfast_wire::{BackendState, BackendStatus, KeyConfig, LeaseConfig, TerminationKind, TerminationReason};
+use holdfast_wire::{
+    BackendState, BackendStatus, KeyConfig, LeaseConfig, TerminationKind, TerminationReason,
+};
 
 /// `meta/cluster`: made by `FormCluster`.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]

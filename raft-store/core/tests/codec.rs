@@ -15,8 +15,8 @@ use holdfast_core::command::{
 };
 use holdfast_core::outcome::{Holder, Outcome, Refusal, RenewOutcome, ReportOutcome};
 use holdfast_core::records::{
-    ActionRecord, ActivityRecord, BackendRecord, ClusterRecord, DroneRecord, HeartbeatRecord, IdempotencyRecord, KeyRecord,
-    MemberIdsRecord, PendingAction, ProgressRecord, RestoredRecord,
+    ActionRecord, ActivityRecord, BackendRecord, ClusterRecord, DroneRecord, HeartbeatRecord,
+    IdempotencyRecord, KeyRecord, MemberIdsRecord, PendingAction, ProgressRecord, RestoredRecord,
 };
 use holdfast_wire::{BackendState, BackendStatus, KeyConfig, TerminationKind, TerminationReason};
 use proptest::prelude::*;

@@ -326,7 +326,11 @@ impl World {
                 Table::DrainEnds => {
                     let (at, drone) = keys::split_timed(&key).ok_or("an entry")?;
                     let drone = keys::split_drone(drone).ok_or("a drone")?;
-                    format!("{} drone={drone} looked up to {:?}", seconds(at), String::from_utf8_lossy(&value))
+                    format!(
+                        "{} drone={drone} looked up to {:?}",
+                        seconds(at),
+                        String::from_utf8_lossy(&value)
+                    )
                 }
                 Table::SuppliedIds => String::from_utf8_lossy(&key).into_owned(),
                 Table::Drones => show_drone(&key, &decode(&value)?),

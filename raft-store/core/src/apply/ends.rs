@@ -69,7 +69,8 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
             true => Vec::new(),
             false => self.txn.scan(Table::Backends, &start, None, DRAIN_LOOKS_PER_ENTRY_MAX)?,
         };
-        let reached = rows.last().filter(|_| rows.len() == DRAIN_LOOKS_PER_ENTRY_MAX).map(|(id, _)| id.clone());
+        let reached =
+            rows.last().filter(|_| rows.len() == DRAIN_LOOKS_PER_ENTRY_MAX).map(|(id, _)| id.clone());
         for (id, bytes) in rows {
             let (head, _) = decode_first::<BackendHead>(&bytes)?;
             if drones.contains(&head.drone_id) {
