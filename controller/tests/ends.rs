@@ -212,3 +212,26 @@ async fn a_report_of_a_drone_that_does_not_hold_the_backend_is_acknowledged_and_
     assert_eq!(server.get("/ctrl/key?name=k").await.1["backend"], json!(id));
     server.stop().await;
 }
+
+#[tokio::test]
+async fn a_drain_and_a_limit_outlast_the_leader_that_took_them() {
+    let servers = Server::start_cluster(3).await;
+    let leader = servers.iter().position(|server| server.store.status().is_leader).unwrap();
+    let follower = &servers[(leader + 1) % 3];
+    let mut drone = Drone::connect(follower, "dr-a", Some("one"), "").await;
+    for server in &servers {
+        server.wait_for_drone("dr-a").await;
+    }
+    let (limited, token) = start(follower, &mut drone, "a", json!({"lifetime_limit_seconds": 2})).await;
+    let (drained, _) = start(follower, &mut drone, "b", json!({})).await;
+    let (_, answer) = servers[leader].post(drain_path("dr-a"), &json!({"deadline_ms": 5_000})).await;
+    assert_eq!(answer, json!({"updated": true, "remaining": 2}));
+    servers[leader].stop().await;
+    assert_eq!(swept(&mut drone).await, limited);
+    drone.report(2, &limited, terminated(), token).await;
+    assert_eq!(drone_row(follower).await["backend_count"], 1);
+    assert_eq!(swept(&mut drone).await, drained);
+    for at in (0..3).filter(|at| *at != leader) {
+        servers[at].stop().await;
+    }
+}
