@@ -212,6 +212,8 @@ mod tests {
                 term: at_ms / 10,
                 local_time_ms: 0,
             }),
+            drain_deadline_ms: None,
+            leaving: false,
         }
     }
 
@@ -301,13 +303,14 @@ mod tests {
     }
 
     #[test]
-    fn only_fresh_undraining_drones_of_the_cluster_and_pool_are_picked() {
+    fn only_fresh_drones_that_neither_drain_nor_shut_down_of_the_cluster_and_pool_are_picked() {
         let drones = [
             (1, drone("", Some(90), false)),
             (2, drone("", Some(90), true)),
             (3, drone("", None, false)),
             (4, drone("gpu", Some(90), false)),
             (5, drone("", Some(10), false)),
+            (6, DroneRecord { leaving: true, ..drone("", Some(90), false) }),
         ];
         let list = DroneList::collect(drones.into_iter(), 100, 100);
         let mut rng = rand::rng();

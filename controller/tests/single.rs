@@ -277,7 +277,7 @@ async fn listings_are_paged_and_keys_can_be_steered() {
         (&json!("dr-a"), &json!(4))
     );
     let (_, updated) = server.post("/ctrl/c/127.0.0.1:9090/d/dr-a/drain", &Value::Null).await;
-    assert_eq!(updated, json!({"updated": true}));
+    assert_eq!(updated, json!({"updated": true, "remaining": 4}));
     let (_, state) = server.get("/ctrl/c/127.0.0.1:9090/state").await;
     assert_eq!(
         (&state["drones"][0]["draining"], &state["drones"][0]["node"]["name"]),

@@ -84,6 +84,34 @@ async fn frames_that_are_no_messages_close_the_session_and_unknown_ones_do_not()
 }
 
 #[tokio::test]
+async fn a_connection_that_answers_nothing_is_closed_in_seconds() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let server = Server::start().await;
+    // A machine that was cut off answers no ping, and its end of the connection never says that it is gone.
+    let mut raw = tokio::net::TcpStream::connect(server.addr).await.unwrap();
+    let request = "GET /ctrl/c/127.0.0.1:9090/drone-socket HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n\
+                   sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
+    raw.write_all(request.as_bytes()).await.unwrap();
+    let handshake = r#"{"version":{"version":"1","git_hash":"x"},"name":"dr-a"}"#;
+    let length = u8::try_from(handshake.len()).unwrap();
+    assert!(length < 126);
+    // Masked with zeros.
+    let frame = [&[0x81, 0x80 | length, 0, 0, 0, 0], handshake.as_bytes()].concat();
+    raw.write_all(&frame).await.unwrap();
+    let begun = std::time::Instant::now();
+    let mut received = Vec::new();
+    let end = Duration::from_secs(12);
+    tokio::time::timeout(end, raw.read_to_end(&mut received)).await.unwrap().unwrap();
+    assert!(begun.elapsed() > Duration::from_secs(4), "it was given time: {:?}", begun.elapsed());
+    let told = received.windows(4).any(|bytes| bytes[0] == 0x88 && bytes[2..] == 4503_u16.to_be_bytes());
+    assert!(told, "the reason is said, in case it still hears");
+    // Its name is free for another.
+    let _next = Drone::connect(&server, "dr-a", Some("two"), "").await;
+    server.wait_for_drone("dr-a").await;
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn half_a_frame_ends_the_session_and_nothing_else() {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let server = Server::start().await;

@@ -385,6 +385,7 @@ impl Agent {
                 };
                 self.renewed(RenewKeysResponse { keys: vec![key] });
             }
+            MessageToDrone::AckDraining {} | MessageToDrone::AckActivity { .. } => {}
         }
         Ok(())
     }

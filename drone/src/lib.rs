@@ -24,6 +24,7 @@
 //! 5. Every state is reported in order and again until it is acknowledged.
 //! 6. Every queue, log, map and wait has a named bound (7).
 
+pub mod activity;
 pub mod admission;
 pub mod adopt;
 pub mod agent;

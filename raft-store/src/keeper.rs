@@ -1,4 +1,5 @@
-//! What the leader does by itself: forms a new cluster, keeps cluster time moving while keys are held, and sweeps.
+//! What the leader does by itself: forms a new cluster, keeps cluster time moving while keys are held, sweeps, and asks
+//! backends to end whose time is over.
 //! Every replica checks here that its operator's lease durations are the cluster's.
 
 use crate::boot_clock::{boot_ms, wall_ms};
@@ -23,6 +24,8 @@ const TICK_AFTER_MS: u64 = 1_000;
 /// Bytes of log entries between snapshots at most. Two such intervals are kept at most, and what RocksDB has not compacted
 /// yet.
 const LOG_BYTES_PER_SNAPSHOT: u64 = 256 << 20;
+/// Entries in a row that end what is due, before the keeper looks at everything else again.
+const ENDS_IN_A_ROW_MAX: usize = 64;
 /// Deadline of the keeper's own proposals; it looks again afterwards.
 const PROPOSE_DEADLINE: Duration = Duration::from_secs(2);
 
@@ -89,7 +92,8 @@ async fn look(inner: &Arc<Inner>, last_applied: &mut (u64, u64)) -> Result<(), S
     if progress.keys_held > 0 && boot_ms().saturating_sub(last_applied.1) >= TICK_AFTER_MS {
         propose(inner, Command::Tick, None).await;
     }
-    sweep(inner, &view, term).await
+    sweep(inner, &view, term).await?;
+    end_due(inner, &view, term).await
 }
 
 /// Asks for a snapshot when the log has grown by many bytes since the last one: entries can be few and large. openraft
@@ -117,8 +121,7 @@ async fn sweep(
     term: u64,
 ) -> Result<(), StateError> {
     loop {
-        // Without a stamp of this reign there is no live clock yet; applied time alone says what is surely past.
-        let now_ms = inner.stamper.now_ms(term).unwrap_or(0).max(inner.applied.borrow().cluster_time_ms);
+        let now_ms = now_ms(inner, term);
         let keys = view.expired_candidates(now_ms, SWEEP_KEYS_MAX)?;
         let records = view.has_old_records(now_ms)?;
         let more = keys.len() == SWEEP_KEYS_MAX;
@@ -130,6 +133,29 @@ async fn sweep(
             return Ok(());
         }
     }
+}
+
+/// Asks for the end of what has reached a limit or whose drone's drain is due. Entries decide by themselves what that is.
+async fn end_due(
+    inner: &Arc<Inner>,
+    view: &View<crate::state_db::StateHandle>,
+    term: u64,
+) -> Result<(), StateError> {
+    for _ in 0..ENDS_IN_A_ROW_MAX {
+        if !view.has_ends_due(now_ms(inner, term))? || inner.cancel.is_cancelled() {
+            break;
+        }
+        if !propose(inner, Command::EndDue, None).await {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Cluster time as this leader's clock has it.
+fn now_ms(inner: &Inner, term: u64) -> u64 {
+    // Without a stamp of this reign there is no live clock yet; applied time alone says what is surely past.
+    inner.stamper.now_ms(term).unwrap_or(0).max(inner.applied.borrow().cluster_time_ms)
 }
 
 fn form(inner: &Inner) -> Command {

@@ -256,7 +256,7 @@ pub(crate) fn is_prefix(id: &str) -> bool {
 ///
 /// | kept | changed | dropped |
 /// | --- | --- | --- |
-/// | terminated backends, supplied ids ever used, drones' names and numbers, draining | live backends are `terminated` (`lost`), as of the backup; drones have no session, no heartbeat and no backends | keys and their expiry index, actions, idempotency records, cluster id, token secret |
+/// | terminated backends, supplied ids ever used, drones' names and numbers, draining | live backends are `terminated` (`lost`), as of the backup; drones have no session, no heartbeat and no backends | keys and their expiry index, actions, ends of backends and drains, idempotency records, cluster id, token secret |
 ///
 /// Idempotency records go because what they tell of has ended: a replay would answer with a backend that is gone. The
 /// secret goes because revocations made after the backup are lost: with it all connection tokens of the old cluster are
@@ -282,7 +282,9 @@ impl Carry {
             | Table::KeyExpiry
             | Table::Actions
             | Table::Idempotency
-            | Table::IdempotencyExpiry => {}
+            | Table::IdempotencyExpiry
+            | Table::BackendEnds
+            | Table::DrainEnds => {}
             Table::Backends => {
                 let mut backend = decode::<BackendRecord>(&value)?;
                 let last_status = backend.state().status();
@@ -293,8 +295,9 @@ impl Carry {
                     backend.history.push((self.now_ms, lost));
                     kept.push((Table::Terminated, keys::timed(self.now_ms, &key), Vec::new()));
                 }
-                // Its actions are gone.
+                // Its actions are gone, and it has ended before any limit.
                 backend.terminate_action = None;
+                backend.end_filed_at_ms = None;
                 kept.push((table, key, encode(&backend)));
             }
             Table::Drones => {
@@ -302,6 +305,9 @@ impl Carry {
                 drone.session = String::new();
                 drone.heartbeat = None;
                 drone.backend_count = 0;
+                // There is nothing left on it to end.
+                drone.drain_deadline_ms = None;
+                drone.leaving = false;
                 // Nobody else's name is kept from a drone that comes over.
                 drone.registered_at_ms = 0;
                 kept.push((table, key, encode(&drone)));

@@ -651,7 +651,9 @@ impl Auto {
                 }
                 Ok(())
             }
-            MessageToDrone::RenewKeyResponse(_) => Ok(()),
+            MessageToDrone::RenewKeyResponse(_)
+            | MessageToDrone::AckDraining {}
+            | MessageToDrone::AckActivity { .. } => Ok(()),
         }
     }
 

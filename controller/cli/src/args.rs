@@ -242,13 +242,33 @@ pub(crate) enum DronesCommand {
         limit: Limit,
     },
     /// Make a drone take no new backends
-    Drain {
+    Drain(DrainArgs),
+    /// Let a drone take backends again, and forget its drain's deadline
+    Undrain {
         /// The drone
         name: String,
         /// Its cluster; needed only where several have a drone of that name
         #[arg(long, value_name = "HOST:PORT")]
         cluster: Option<String>,
     },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DrainArgs {
+    /// The drone
+    pub(crate) name: String,
+    /// Its cluster; needed only where several have a drone of that name
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) cluster: Option<String>,
+    /// Ask what is left on it to end so much later; without it what it has stays
+    #[arg(long = "deadline", value_name = "DURATION", value_parser = duration_ms)]
+    pub(crate) deadline_ms: Option<u64>,
+    /// Wait until it has no backends
+    #[arg(long)]
+    pub(crate) wait: bool,
+    /// How long --wait waits, after the deadline if there is one
+    #[arg(long = "wait-timeout", value_name = "DURATION", default_value = "10m", value_parser = duration_ms)]
+    pub(crate) wait_timeout_ms: u64,
 }
 
 #[derive(Debug, Subcommand)]

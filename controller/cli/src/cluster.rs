@@ -96,7 +96,7 @@ async fn transfer_leader(client: &Client, to: Option<u64>, out: &Out) -> Result<
         return Err(CliError::Usage("nobody is known to lead now; try again".to_owned()));
     };
     if to.is_some() && to == info.leader {
-        return said(out, &DrainResult { updated: false }, "it leads already");
+        return said(out, &DrainResult { updated: false, remaining: None }, "it leads already");
     }
     let updated = client.transfer_leader_at(&url, to).await?;
     let text = if updated {
@@ -104,7 +104,7 @@ async fn transfer_leader(client: &Client, to: Option<u64>, out: &Out) -> Result<
     } else {
         "leadership was not handed over: no other voter answers"
     };
-    said(out, &DrainResult { updated }, text)
+    said(out, &DrainResult { updated, remaining: None }, text)
 }
 
 /// The leader's view; where nobody leads, what some controller last knew.

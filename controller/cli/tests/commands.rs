@@ -10,6 +10,8 @@ use holdfast_client::wire::ApiErrorKind;
 use serde_json::{Value, json as value};
 use std::io::Write;
 use std::process::{Output, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::Command;
@@ -196,6 +198,55 @@ async fn backends_and_drones_are_ended_and_drained_by_name() {
             "POST /ctrl/c/localhost:7100/d/dr-a/drain",
         ]
     );
+}
+
+#[tokio::test]
+async fn a_drain_has_a_deadline_is_waited_for_and_undone() {
+    let looks = Arc::new(AtomicUsize::new(0));
+    let controller = Fake::start(move |_, asked| {
+        json(&match asked.line.as_str() {
+            line if line.starts_with("GET /ctrl/drones") => {
+                // The first look is for the drone's cluster.
+                let left = [3, 2, 1, 0][looks.fetch_add(1, Ordering::SeqCst).min(3)];
+                format!(
+                    r#"{{"drones":[{{"id":1,"name":"dr-a","cluster":"c","pool":"","ready":true,
+                    "draining":true,"stopping":true,"backend_count":{left},"version":"0.1.0"}}]}}"#
+                )
+            }
+            line if line.ends_with("/drain") => r#"{"updated":true,"remaining":3}"#.to_owned(),
+            _ => "null".to_owned(),
+        })
+    })
+    .await;
+    let drained = run(&controller.url, &["drones", "drain", "dr-a", "--deadline", "5m", "--wait"]).await;
+    assert_eq!(stdout(&drained), "dr-a takes no new backends and has none\n");
+    assert_eq!(controller.lines().iter().filter(|line| line.starts_with("GET")).count(), 4);
+    let cluster = ["--cluster", "c"];
+    let drained = run(&controller.url, &[&["drones", "drain", "dr-a"][..], &cluster].concat()).await;
+    assert_eq!(stdout(&drained), "dr-a takes no new backends and has 3 backends\n");
+    let undone = run(&controller.url, &[&["drones", "undrain", "dr-a"][..], &cluster].concat()).await;
+    assert_eq!(stdout(&undone), "dr-a takes backends again\n");
+    let listed = run(&controller.url, &["drones", "list"]).await;
+    assert!(stdout(&listed).contains("stopping"), "{listed:?}");
+    let bodies: Vec<_> =
+        controller.asked().into_iter().filter(|asked| asked.line.starts_with("POST")).collect();
+    let bodies: Vec<_> = bodies.iter().map(|asked| asked.body.as_str()).collect();
+    assert_eq!(bodies, [r#"{"deadline_ms":300000}"#, "", r#"{"undo":true}"#]);
+}
+
+#[tokio::test]
+async fn a_drain_that_does_not_end_in_time_is_a_failure() {
+    let controller = Fake::start(|_, asked| {
+        json(if asked.line.ends_with("/drain") {
+            r#"{"updated":false,"remaining":1}"#
+        } else {
+            r#"{"drones":[{"id":1,"name":"dr-a","cluster":"c","pool":"","ready":true,
+            "draining":true,"backend_count":1,"version":"0.1.0"}]}"#
+        })
+    })
+    .await;
+    let args = ["drones", "drain", "dr-a", "--wait", "--wait-timeout", "1ms"];
+    assert_fails(&run(&controller.url, &args).await, 1, "dr-a still has 1 backend");
 }
 
 /// A controller with one backend whose statuses are `statuses`.

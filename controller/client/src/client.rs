@@ -10,8 +10,8 @@ use bytes::Bytes;
 use futures::Stream;
 use holdfast_wire::http::{
     AddMember, BackendInfo, BackendPage, BackendStatusMessage, ClusterInfo, ClusterState, ConnectRequest,
-    ConnectResponse, DrainResult, DroneInfo, DronePage, KeyInfo, KeyName, KeyPage, MemberChangeResult,
-    RevokeRequest, StatusResponse, TransferLeader,
+    ConnectResponse, DrainRequest, DrainResult, DroneInfo, DronePage, KeyInfo, KeyName, KeyPage,
+    MemberChangeResult, RevokeRequest, StatusResponse, TransferLeader,
 };
 use holdfast_wire::limits::WAIT_MS_DEFAULT;
 use holdfast_wire::{BackendStatus, TerminationKind};
@@ -104,6 +104,16 @@ impl Client {
     /// Makes a drone take no new backends.
     pub async fn drain(&self, cluster: &str, drone: &str) -> Result<DrainResult, ClientError> {
         self.run(&self.post_without_body(["ctrl", "c", cluster, "d", drone, "drain"])).await?.json()
+    }
+
+    /// As [`Self::drain`], with a deadline for what is left on it, or undone.
+    pub async fn drain_with(
+        &self,
+        cluster: &str,
+        drone: &str,
+        request: &DrainRequest,
+    ) -> Result<DrainResult, ClientError> {
+        self.run(&self.post(["ctrl", "c", cluster, "d", drone, "drain"], request)?).await?.json()
     }
 
     /// Makes the connection tokens void that `user` holds for a backend.

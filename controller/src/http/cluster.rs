@@ -92,7 +92,7 @@ pub async fn transfer_leader(State(app): State<App>, write: Write) -> Result<Jso
         }
         Some(to) => app.store.transfer_leadership_to(to, TRANSFER_DEADLINE).await,
     };
-    Ok(Json(DrainResult { updated }))
+    Ok(Json(DrainResult { updated, remaining: None }))
 }
 
 /// The request is not passed on: only the leader can hand over, and the caller may have meant this member.

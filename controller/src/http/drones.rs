@@ -10,7 +10,9 @@ use holdfast_core::command::Command;
 use holdfast_core::kv::ReadState;
 use holdfast_core::records::DroneRecord;
 use holdfast_core::view::{View, is_eligible};
-use holdfast_wire::http::{ClusterState, DrainResult, DroneInfo, DronePage, DroneState, NodeName, NodeState};
+use holdfast_wire::http::{
+    ClusterState, DrainRequest, DrainResult, DroneInfo, DronePage, DroneState, NodeName, NodeState,
+};
 use holdfast_wire::names::{check_cluster, check_drone_name};
 
 /// Drones looked at in one scan.
@@ -23,7 +25,7 @@ type Rows = Vec<(i32, DroneRecord)>;
 /// Heard of recently enough to be scheduled to, whether it is draining or not.
 fn is_fresh(drone: &DroneRecord, now_ms: u64, renew_ms: u64) -> bool {
     // Only the flag matters to the copy.
-    let undrained = DroneRecord { draining: false, ..drone.clone() };
+    let undrained = DroneRecord { draining: false, leaving: false, ..drone.clone() };
     is_eligible(&undrained, now_ms, renew_ms, None).is_some()
 }
 
@@ -36,7 +38,8 @@ fn state(drone: DroneRecord, now_ms: u64, renew_ms: u64) -> DroneState {
     let age_s = i64::try_from(now_ms.saturating_sub(heard_at_ms) / 1000).unwrap_or(i64::MAX);
     DroneState {
         ready: is_fresh(&drone, now_ms, renew_ms),
-        draining: drone.draining,
+        draining: drone.draining || drone.leaving,
+        drain_deadline: drone.drain_deadline_ms,
         last_heartbeat_age: age_s,
         backend_count: drone.backend_count,
         node: NodeState {
@@ -54,7 +57,9 @@ fn info(id: i32, drone: DroneRecord, now_ms: u64, renew_ms: u64) -> DroneInfo {
     DroneInfo {
         id,
         ready: is_eligible(&drone, now_ms, renew_ms, None).is_some(),
-        draining: drone.draining,
+        draining: drone.draining || drone.leaving,
+        stopping: drone.leaving,
+        drain_deadline: drone.drain_deadline_ms,
         backend_count: drone.backend_count,
         last_heartbeat_age_ms: drone.heartbeat.map(|heartbeat| now_ms.saturating_sub(heartbeat.at_ms)),
         name: drone.name,
@@ -141,7 +146,7 @@ pub async fn drain(
     PathArgs((cluster, drone)): PathArgs<(String, String)>,
     write: Write,
 ) -> Result<Replayable<Json<DrainResult>>, Failure> {
-    write.ignored_body()?;
+    let request = drain_request(&write)?;
     if check_cluster("cluster", &cluster).is_err() || check_drone_name("drone", &drone).is_err() {
         return Err(Failure::not_found(format!(
             "there is no drone {:?} in cluster {:?}",
@@ -149,7 +154,19 @@ pub async fn drain(
             shortened(&cluster)
         )));
     }
-    super::keys::update(&app, Command::Drain { cluster, drone, draining: true }, write).await
+    let (draining, deadline_in_ms) = (!request.undo, request.deadline_ms);
+    super::keys::update(&app, Command::Drain { cluster, drone, draining, deadline_in_ms }, write).await
+}
+
+/// Plane reads no body here, so one that is no object is none of ours and says nothing.
+fn drain_request(write: &Write) -> Result<DrainRequest, Failure> {
+    if write.body.trim_ascii().starts_with(b"{") {
+        let request: DrainRequest = write.json()?;
+        request.check()?;
+        return Ok(request);
+    }
+    write.ignored_body()?;
+    Ok(DrainRequest::default())
 }
 
 #[cfg(test)]
@@ -173,6 +190,8 @@ mod tests {
             backend_count: 3,
             registered_at_ms: 0,
             heartbeat: Some(HeartbeatRecord { at_ms: 10_000, term: 1, local_time_ms: 0 }),
+            drain_deadline_ms: None,
+            leaving: false,
         };
         assert_eq!(
             serde_json::to_value(state(drone.clone(), 12_999, 30_000)).unwrap(),
@@ -181,6 +200,11 @@ mod tests {
                             "controller": "controller-2", "controller_heartbeat_age": 2}})
         );
         assert!(!info(1, drone.clone(), 12_999, 30_000).ready, "draining");
-        assert!(!state(drone, 40_000, 30_000).ready, "not heard of for half of renew");
+        assert!(!state(drone.clone(), 40_000, 30_000).ready, "not heard of for half of renew");
+        let leaving = DroneRecord { draining: false, leaving: true, drain_deadline_ms: Some(7), ..drone };
+        let shown = info(1, leaving.clone(), 12_999, 30_000);
+        assert!(shown.draining && shown.stopping && !shown.ready && shown.drain_deadline == Some(7));
+        let shown = state(leaving, 12_999, 30_000);
+        assert!(shown.draining && shown.ready && shown.drain_deadline == Some(7));
     }
 }

@@ -120,7 +120,11 @@ pub(super) async fn update(
     let answer = app.propose(command, write.idempotency).await?;
     match answer.outcome {
         Outcome::Updated(updated) => {
-            Ok(Replayable { body: Json(DrainResult { updated }), replayed: answer.replayed })
+            Ok(Replayable { body: Json(DrainResult { updated, remaining: None }), replayed: answer.replayed })
+        }
+        Outcome::Drained { updated, remaining } => {
+            let body = Json(DrainResult { updated, remaining: Some(remaining) });
+            Ok(Replayable { body, replayed: answer.replayed })
         }
         other => Err(Failure::unexpected(&other)),
     }

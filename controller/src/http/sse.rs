@@ -129,6 +129,8 @@ mod tests {
             subdomain: None,
             revoked_users: Vec::new(),
             terminate_action: None,
+            activity: None,
+            end_filed_at_ms: None,
         }
     }
 

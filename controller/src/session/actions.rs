@@ -146,6 +146,8 @@ mod tests {
             subdomain: None,
             revoked_users: Vec::new(),
             terminate_action: None,
+            activity: None,
+            end_filed_at_ms: None,
         };
         let record = ActionRecord { backend_id: format!("ba-{index}"), action };
         DueAction { action_id: format!("ak-{index}-0"), index, sub: 0, record, backend }

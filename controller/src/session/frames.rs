@@ -1,13 +1,21 @@
 //! Reading frames of the drone socket. Pure.
 
 use holdfast_wire::drone::MessageFromDrone;
-use holdfast_wire::limits::{BODY_BYTES_MAX, RENEW_KEYS_MAX};
+use holdfast_wire::limits::{ACTIVITIES_MAX, BODY_BYTES_MAX, RENEW_KEYS_MAX};
 use holdfast_wire::names::check_name;
 use serde_json::Value;
 
 /// The messages that this controller knows, by their tags.
-const KINDS: [&str; 6] =
-    ["Heartbeat", "RenewKey", "RenewKeys", "BackendEvent", "AckAction", "BackendMetrics"];
+const KINDS: [&str; 8] = [
+    "Heartbeat",
+    "RenewKey",
+    "RenewKeys",
+    "BackendEvent",
+    "AckAction",
+    "BackendMetrics",
+    "Draining",
+    "BackendActivity",
+];
 /// Longest action id that can be acknowledged, in bytes. Ours are shorter.
 const ACTION_ID_BYTES_MAX: usize = 64;
 
@@ -67,7 +75,17 @@ fn check(message: &MessageFromDrone) -> Result<(), String> {
         MessageFromDrone::AckAction { action_id } if action_id.len() > ACTION_ID_BYTES_MAX => {
             Err(format!("AckAction.action_id is longer than {ACTION_ID_BYTES_MAX} bytes"))
         }
-        MessageFromDrone::AckAction { .. } => Ok(()),
+        MessageFromDrone::AckAction { .. } | MessageFromDrone::Draining {} => Ok(()),
+        MessageFromDrone::BackendActivity(activity) if activity.backends.len() > ACTIVITIES_MAX => {
+            Err(format!(
+                "BackendActivity.backends has {} entries, at most {ACTIVITIES_MAX} are allowed",
+                activity.backends.len()
+            ))
+        }
+        MessageFromDrone::BackendActivity(activity) => activity
+            .backends
+            .iter()
+            .try_for_each(|item| name("BackendActivity.backends.backend", &item.backend)),
     }
 }
 
@@ -116,6 +134,12 @@ mod tests {
         };
         assert!(matches!(keys(RENEW_KEYS_MAX), Frame::Message(_)));
         assert!(matches!(keys(RENEW_KEYS_MAX + 1), Frame::Bad(_)));
+        let activity = |count| {
+            let backends = vec![json!({"backend": "b", "connections": 1}); count];
+            read(&json!({"BackendActivity": {"activity_id": 1, "backends": backends}}).to_string())
+        };
+        assert!(matches!(activity(ACTIVITIES_MAX), Frame::Message(_)));
+        assert!(matches!(activity(ACTIVITIES_MAX + 1), Frame::Bad(_)));
         let ack = json!({"AckAction": {"action_id": "x".repeat(65)}}).to_string();
         assert!(matches!(read(&ack), Frame::Bad(_)));
         let large = json!({"BackendMetrics": "x".repeat(BODY_BYTES_MAX)}).to_string();

@@ -7,7 +7,7 @@ use futures::future::BoxFuture;
 use holdfast_core::command::{FromDrone, Renew, StateReport};
 use holdfast_core::outcome::Outcome;
 use holdfast_wire::LeaseConfig;
-use holdfast_wire::drone::BackendEvent;
+use holdfast_wire::drone::{BackendEvent, MessageToDrone};
 use raft_store::ProposeError;
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
@@ -34,6 +34,13 @@ pub enum Done {
     },
     /// See [`acknowledge`].
     Acknowledged(Result<Outcome, ProposeError>),
+    /// See [`record`].
+    Recorded {
+        /// What is said once it is recorded.
+        message: MessageToDrone,
+        /// What became of it.
+        answer: Result<Outcome, ProposeError>,
+    },
 }
 
 /// One try, of which nobody waits for the end after `until`.
@@ -125,4 +132,9 @@ pub fn acknowledge(app: App, drone_id: i32, action_ids: Vec<String>) -> BoxFutur
         Done::Acknowledged(patiently(&app, acknowledge, None).await)
     }
     .boxed()
+}
+
+/// Records a word of the drone. Repeating is harmless: it is numbered, or the same each time.
+pub fn record(app: App, command: FromDrone, message: MessageToDrone) -> BoxFuture<'static, Done> {
+    async move { Done::Recorded { message, answer: patiently(&app, command, None).await } }.boxed()
 }

@@ -3,7 +3,8 @@
 //! ```text
 //!            ┌── handshake, registration (an entry) ──┐
 //!   drone ═══╡ frames ─▶ session loop ──▶ proposals, batched over all sessions: renewals,
-//!   socket   │              │    │                    reports, acknowledgements; heartbeats
+//!   socket   │              │    │                    reports, acknowledgements, words on
+//!            │              │    │                    itself and on connections; heartbeats
 //!            ╘◀═ writer ◀───┘    └─◀─ applied state: due actions, newer sessions
 //! ```
 //!
@@ -28,6 +29,7 @@ pub mod renewals;
 mod run;
 mod start;
 pub mod together;
+mod word;
 
 use crate::app::App;
 use crate::http::args::{PathArgs, QueryArgs};

@@ -5,6 +5,7 @@ use super::frames::{self, Frame};
 use super::jobs::{self, Done};
 use super::outbox::Outbox;
 use super::registry::{Place, Probe};
+use super::word::{Next, Word};
 use super::{DRONE_FRAME_BYTES_MAX, End, renewals};
 use crate::app::App;
 use crate::hub::Watch;
@@ -70,6 +71,7 @@ pub struct Session {
     reporting: bool,
     acks: Vec<String>,
     acknowledging: bool,
+    word: Word,
     actions: Tracker,
     /// There may be actions that found no room yet.
     more_actions: bool,
@@ -111,6 +113,7 @@ impl Session {
             reporting: false,
             acks: Vec::new(),
             acknowledging: false,
+            word: Word::default(),
             actions: Tracker::default(),
             more_actions: false,
             ends: VecDeque::new(),
@@ -218,6 +221,8 @@ impl Session {
                 }
             }
             MessageFromDrone::BackendMetrics(_) => {}
+            MessageFromDrone::Draining {} => self.word.leaving(),
+            MessageFromDrone::BackendActivity(activity) => self.word.activity(activity),
         }
     }
 
@@ -265,6 +270,16 @@ impl Session {
             self.acknowledging = true;
             self.jobs.push(jobs::acknowledge(self.app.clone(), self.drone_id, action_ids));
         }
+        while self.word.waits() && !self.outbox.is_busy() {
+            let (view, _, drone_id) = self.view();
+            match self.word.next(drone_id, &self.session, &view).map_err(damaged)? {
+                Some(Next::Answer(message)) => self.send(&message)?,
+                Some(Next::Record { command, answer }) => {
+                    self.jobs.push(jobs::record(self.app.clone(), command, answer));
+                }
+                None => break,
+            }
+        }
         while self.more_actions && !self.outbox.is_busy() {
             self.look()?;
         }
@@ -293,6 +308,15 @@ impl Session {
                 self.acknowledging = false;
                 // Unacknowledged actions are sent again, so nothing is lost.
                 answer.map(|_| ()).or_else(|error| self.failed("an acknowledgement", &error))
+            }
+            Done::Recorded { message, answer } => {
+                self.word.recorded();
+                match answer {
+                    Ok(Outcome::Done) => self.send(&message),
+                    Ok(other) => Err(self.unexpected(&other)),
+                    // Without an answer the drone says it again.
+                    Err(error) => self.failed("a word of the drone", &error),
+                }
             }
         }
     }

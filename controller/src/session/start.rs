@@ -308,6 +308,8 @@ mod tests {
             backend_count: 0,
             registered_at_ms: 0,
             heartbeat: None,
+            drain_deadline_ms: None,
+            leaving: false,
         };
         assert_eq!(earlier(None, "one", 1), Earlier::Own);
         assert_eq!(earlier(Some(&drone), "one", 2), Earlier::Own);

@@ -4,6 +4,7 @@
 use futures::{SinkExt, StreamExt};
 use holdfast_controller::config::Settings;
 use holdfast_controller::serve::serve_on;
+use holdfast_wire::LeaseConfig;
 use raft_store::{Store, StoreConfig};
 use reqwest::{Method, Response, StatusCode};
 use serde_json::{Value, json};
@@ -43,6 +44,7 @@ pub struct Server {
     pub url: String,
     pub addr: SocketAddr,
     pub store: Store,
+    lease: LeaseConfig,
     client: reqwest::Client,
     running: Arc<Mutex<Option<Running>>>,
 }
@@ -56,12 +58,21 @@ struct Running {
 impl Server {
     /// A cluster of one.
     pub async fn start() -> Self {
-        let mut servers = Self::start_cluster(1).await;
+        Self::start_with_lease(LEASE).await
+    }
+
+    /// A cluster of one with other lease durations.
+    pub async fn start_with_lease(lease: &str) -> Self {
+        let mut servers = Self::start_cluster_with_lease(1, lease).await;
         servers.remove(0)
     }
 
     /// A cluster of `count` controllers, all ready.
     pub async fn start_cluster(count: u64) -> Vec<Self> {
+        Self::start_cluster_with_lease(count, LEASE).await
+    }
+
+    async fn start_cluster_with_lease(count: u64, lease: &str) -> Vec<Self> {
         // Free when looked at, and nobody else is likely to take them.
         let held: Vec<_> = (1..=count).map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap()).collect();
         let members: BTreeMap<u64, String> =
@@ -69,7 +80,7 @@ impl Server {
         drop(held);
         let mut servers = Vec::new();
         for id in 1..=count {
-            servers.push(Self::start_member(id, &members).await);
+            servers.push(Self::start_member(id, &members, lease.parse().unwrap()).await);
         }
         for server in &servers {
             let end = tokio::time::Instant::now() + PATIENCE;
@@ -80,7 +91,7 @@ impl Server {
         servers
     }
 
-    async fn start_member(id: u64, members: &BTreeMap<u64, String>) -> Self {
+    async fn start_member(id: u64, members: &BTreeMap<u64, String>, lease: LeaseConfig) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
@@ -91,7 +102,7 @@ impl Server {
             peer_listen: members[&id].parse().unwrap(),
             advertise_url: url.clone(),
             initial_cluster: members.clone(),
-            lease: Some(LEASE.parse().unwrap()),
+            lease: Some(lease),
             terminated_keep_ms: 60_000,
             election_timeout_ms: 300,
             snapshot_every: 10_000,
@@ -118,7 +129,7 @@ impl Server {
             }
         });
         let running = Arc::new(Mutex::new(Some(Running { stop, served, dir })));
-        Self { url, addr, store, client: reqwest::Client::new(), running }
+        Self { url, addr, store, lease, client: reqwest::Client::new(), running }
     }
 
     pub async fn stop(&self) {
@@ -214,7 +225,7 @@ impl Drone {
         let mut drone = Self::open(server, name, incarnation, pool).await;
         let handshake = drone.read().await;
         assert!(handshake["name"].as_str().unwrap().starts_with("controller-"));
-        assert_eq!(handshake["lease"]["expiry_ms"], 100_000);
+        assert_eq!(handshake["lease"]["expiry_ms"], server.lease.expiry_ms);
         assert!(handshake["cluster_id"].is_string());
         drone.send(&json!({"Heartbeat": {"local_time": LOCAL_TIME_MS}})).await;
         drone

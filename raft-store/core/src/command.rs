@@ -92,8 +92,11 @@ pub enum Command {
         cluster: String,
         /// Name of the drone.
         drone: String,
-        /// Whether it takes no new backends.
+        /// Whether it takes no new backends. `false` undoes it, deadline and all.
         draining: bool,
+        /// How much later what is left on it is asked to end, in milliseconds of cluster time. Without it a deadline that
+        /// was set before stands.
+        deadline_in_ms: Option<u64>,
     },
     /// Revokes the connection tokens of a user of a backend.
     RevokeTokens {
@@ -109,6 +112,9 @@ pub enum Command {
     /// What drones' sessions ask for, in one entry for many of them. Each is done as if it had an entry of its own, in
     /// this order. Acquisitions can't be among them: a token is the index of an entry.
     Together(Vec<FromDrone>),
+    /// Asks a bounded number of backends to end softly whose limits have passed, or whose drone's drain is due. Which ones
+    /// is decided when it is applied, as of its own cluster time.
+    EndDue,
 }
 
 /// Part of [`Command::Together`].
@@ -130,6 +136,24 @@ pub enum FromDrone {
         /// Their ids.
         action_ids: Vec<String>,
     },
+    /// What a drone sees of its backends' connections. Of another session than the drone's it is ignored.
+    Activity {
+        /// The reporting drone.
+        drone_id: i32,
+        /// The session it came on.
+        session: String,
+        /// Number of the report, counted from 1 in each session: of two for one backend the later one holds.
+        number: u64,
+        /// What it sees.
+        items: Vec<ActivityReport>,
+    },
+    /// A drone is shutting down and takes no new backends. Of another session than the drone's it is ignored.
+    Leaving {
+        /// The drone.
+        drone_id: i32,
+        /// The session it came on.
+        session: String,
+    },
 }
 
 impl FromDrone {
@@ -139,6 +163,8 @@ impl FromDrone {
             Self::Renew(renew) => renew.keys.len(),
             Self::ReportStates { reports, .. } => reports.len(),
             Self::AckActions { action_ids, .. } => action_ids.len(),
+            Self::Activity { items, .. } => items.len(),
+            Self::Leaving { .. } => 0,
         }
     }
 }
@@ -254,6 +280,17 @@ pub struct StateReport {
     pub state: BackendState,
     /// The fencing token, where the drone gives it.
     pub token: Option<u64>,
+}
+
+/// Part of [`FromDrone::Activity`].
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct ActivityReport {
+    /// The backend.
+    pub backend_id: String,
+    /// The fencing token, where the drone gives it.
+    pub token: Option<u64>,
+    /// For how long it has had no connection, in milliseconds; `None` if it has some.
+    pub idle_ms: Option<u64>,
 }
 
 /// Tidies up, in bounded batches. The proposer names what it saw; apply checks everything again as of the entry's own

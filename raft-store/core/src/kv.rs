@@ -13,6 +13,8 @@
 //! | `actions` | `{drone id: u32 BE}{log index: u64 BE}{sub: u32 BE}` | [`crate::records::ActionRecord`] |
 //! | `idempotency` | `{idempotency key}` | [`crate::records::IdempotencyRecord`] |
 //! | `idempotency_expiry` | `{expires_at_ms: u64 BE}{idempotency key}` | empty |
+//! | `backend_ends` | `{ends_at_ms: u64 BE}{backend id}` | empty; one for each backend that a limit will end ([`crate::records::BackendRecord::ends_at_ms`]) |
+//! | `drain_ends` | `{drain_deadline_ms: u64 BE}{drone id: u32 BE}` | `{backend id}`: how far the pass over all backends has come that ends those of the drone; empty before it begins, and the entry goes with its end |
 //!
 //! Names hold no control characters, so `\0` separates and keeps the order of (namespace, name). Values are
 //! [`crate::codec`] records: a version byte, then bincode.
@@ -37,11 +39,13 @@ pub enum Table {
     Actions = 8,
     Idempotency = 9,
     IdempotencyExpiry = 10,
+    BackendEnds = 11,
+    DrainEnds = 12,
 }
 
 impl Table {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Table; 11] = [
+    pub const ALL: [Table; 13] = [
         Table::Meta,
         Table::Keys,
         Table::KeyExpiry,
@@ -53,6 +57,8 @@ impl Table {
         Table::Actions,
         Table::Idempotency,
         Table::IdempotencyExpiry,
+        Table::BackendEnds,
+        Table::DrainEnds,
     ];
 
     /// Name of the column family.
@@ -69,6 +75,8 @@ impl Table {
             Table::Actions => "actions",
             Table::Idempotency => "idempotency",
             Table::IdempotencyExpiry => "idempotency_expiry",
+            Table::BackendEnds => "backend_ends",
+            Table::DrainEnds => "drain_ends",
         }
     }
 }

@@ -11,6 +11,17 @@ pub const TERMINATED_KEEP_MS_DEFAULT: u64 = 60 * 60 * 1000;
 pub const SWEEP_KEYS_MAX: usize = 512;
 /// Most terminated backends or idempotency records that one sweep entry deletes, each.
 pub const SWEEP_RECORDS_MAX: usize = 512;
+/// Most backends that one entry asks to end because of their limits.
+pub const ENDS_PER_ENTRY_MAX: usize = 512;
+/// Most backends that one entry looks at to find those of drones whose drain is due.
+pub const DRAIN_LOOKS_PER_ENTRY_MAX: usize = 512;
+/// Most due drains that one entry looks at.
+pub const DRAINS_PER_ENTRY_MAX: usize = 512;
+/// Most activity reports in one entry.
+pub const ACTIVITIES_PER_ENTRY_MAX: usize = 1024;
+/// Least difference between two times since which a backend is said to be idle that counts, in milliseconds: the way of a
+/// report takes time, and one that is repeated must not make its backend younger.
+pub const IDLE_SLACK_MS: u64 = 1000;
 /// Most backend ids supplied by callers that are remembered as used; past it a supplied id is refused.
 pub const SUPPLIED_IDS_MAX: u64 = 10_000_000;
 /// Most users whose tokens are revoked for one backend.
@@ -30,6 +41,7 @@ const _: () = assert!(
     RENEWALS_PER_ENTRY_MAX < TOGETHER_ITEMS_MAX
         && REPORTS_PER_ENTRY_MAX < TOGETHER_ITEMS_MAX
         && ACKS_PER_ENTRY_MAX < TOGETHER_ITEMS_MAX
+        && ACTIVITIES_PER_ENTRY_MAX < TOGETHER_ITEMS_MAX
 );
 /// How long a drone's name stays with a session that was heard of, in milliseconds of cluster time, against another
 /// incarnation that does not take it over; with short leases half of `renew` if that is less.

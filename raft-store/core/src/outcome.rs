@@ -6,7 +6,7 @@ use holdfast_wire::{BackendState, KeyConfig, TerminationKind};
 /// Answer of one entry.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub enum Outcome {
-    /// Done, and there is nothing to add (heartbeats, acknowledgements, tick, sweep).
+    /// Done, and there is nothing to add (heartbeats, acknowledgements, activity, tick, sweep).
     Done,
     /// [`crate::command::Command::FormCluster`]: whether this entry formed it.
     Formed(bool),
@@ -25,14 +25,20 @@ pub enum Outcome {
         /// Never reused.
         drone_id: i32,
     },
-    /// [`crate::command::Command::Drain`], [`crate::command::Command::SetAllowRenew`],
-    /// [`crate::command::Command::Terminate`], [`crate::command::Command::RevokeTokens`],
+    /// [`crate::command::Command::SetAllowRenew`], [`crate::command::Command::Terminate`], [`crate::command::Command::RevokeTokens`],
     /// [`crate::command::Command::RevokeKey`], [`crate::command::Command::SetLease`]: whether anything changed.
     Updated(bool),
     /// [`crate::command::Command::ReportStates`]: one for each report, in order.
     Reported(Vec<ReportOutcome>),
     /// [`crate::command::Command::Together`]: the outcome of each, in order.
     Together(Vec<Outcome>),
+    /// [`crate::command::Command::Drain`].
+    Drained {
+        /// Whether anything changed.
+        updated: bool,
+        /// Backends of the drone that have not terminated.
+        remaining: u64,
+    },
 }
 
 /// Who holds a key.

@@ -1,7 +1,9 @@
 //! The records of the state: one type for each kind. [`crate::kv::Table`] says where each lives and under what key.
 
 use bincode::{Decode, Encode};
-use holdfast_wire::{BackendState, KeyConfig, LeaseConfig, TerminationKind, TerminationReason};
+use holdfast_wire::{
+    BackendState, BackendStatus, KeyConfig, LeaseConfig, TerminationKind, TerminationReason,
+};
 
 /// `meta/cluster`: made by `FormCluster`.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
@@ -143,6 +145,11 @@ pub struct BackendRecord {
     /// Log index and sub-number of its latest `Terminate` action, so that it is found without a search; the action
     /// itself may have been received and deleted since. (That of its `Spawn` is `(token, 0)`.)
     pub terminate_action: Option<(u64, u32)>,
+    /// What its drone says of its connections. Absent as long as it has said nothing, and without `max_idle_seconds`:
+    /// only a drone that looks at connections has its backends ended for want of them.
+    pub activity: Option<ActivityRecord>,
+    /// Time under which `backend_ends` has it: [`Self::ends_at_ms`] as of the last write.
+    pub end_filed_at_ms: Option<u64>,
 }
 
 impl BackendRecord {
@@ -150,6 +157,33 @@ impl BackendRecord {
     pub fn state(&self) -> &BackendState {
         self.history.last().map_or(&BackendState::Scheduled, |(_, state)| state)
     }
+
+    /// When one of its limits ends it, cluster time in milliseconds. `None` if none will: it has no limit, or is busy, or
+    /// is going away already.
+    pub fn ends_at_ms(&self) -> Option<u64> {
+        if self.termination_asked.is_some() || self.state().status() >= BackendStatus::Terminating {
+            return None;
+        }
+        let idle_since_ms = self.activity.as_ref().and_then(|activity| activity.idle_since_ms);
+        let idle_ends_at_ms = self
+            .max_idle_seconds
+            .zip(idle_since_ms)
+            .map(|(seconds, since_ms)| since_ms.saturating_add(u64::from(seconds) * 1000));
+        self.lifetime_ends_at_ms.into_iter().chain(idle_ends_at_ms).min()
+    }
+}
+
+/// Whether a backend has connections.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct ActivityRecord {
+    /// Incarnation of the drone that said so last. What it saw says nothing once another has taken its place.
+    pub incarnation: String,
+    /// Session of the drone that said so last.
+    pub session: String,
+    /// Number of that report in its session, so that one that comes late is known.
+    pub number: u64,
+    /// Since when it has had none, cluster time in milliseconds; `None` while it has some.
+    pub idle_since_ms: Option<u64>,
 }
 
 /// `drones/{id}`: a drone, by its id. `drone_names/{cluster}\0{name}` leads to the id.
@@ -179,6 +213,10 @@ pub struct DroneRecord {
     pub registered_at_ms: u64,
     /// The last heartbeat of this incarnation.
     pub heartbeat: Option<HeartbeatRecord>,
+    /// When what is left on a draining drone is asked to end, cluster time in milliseconds.
+    pub drain_deadline_ms: Option<u64>,
+    /// This incarnation said that it is shutting down: it takes no new backends either, and its successor does.
+    pub leaving: bool,
 }
 
 /// Last heartbeat of a drone.

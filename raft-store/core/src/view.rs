@@ -247,6 +247,17 @@ impl<R: ReadState> View<R> {
             .collect()
     }
 
+    /// Whether [`crate::command::Command::EndDue`] would find something at `now_ms`.
+    pub fn has_ends_due(&self, now_ms: u64) -> Result<bool, StateError> {
+        let end = keys::timed(now_ms.saturating_add(1), &[]);
+        for table in [Table::BackendEnds, Table::DrainEnds] {
+            if !self.0.scan(table, &[], Some(&end), 1)?.is_empty() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// Whether a sweep at `now_ms` would find terminated backends or idempotency records to delete.
     pub fn has_old_records(&self, now_ms: u64) -> Result<bool, StateError> {
         let Some(cluster) = self.cluster()? else { return Ok(false) };
@@ -275,7 +286,7 @@ pub fn holder_of(backend_id: &str, backend: BackendRecord) -> Holder {
     }
 }
 
-/// Whether a drone can be chosen for a new backend: not draining, heard of within half of `renew`, and, if the leader
+/// Whether a drone can be chosen for a new backend: not draining or shutting down, heard of within half of `renew`, and, if the leader
 /// does not trust heartbeats of earlier terms, in `own_term`.
 pub fn is_eligible(
     drone: &DroneRecord,
@@ -286,7 +297,7 @@ pub fn is_eligible(
     let heartbeat = drone.heartbeat?;
     let fresh = now_ms.saturating_sub(heartbeat.at_ms) <= renew_ms / 2;
     let trusted = own_term.is_none_or(|term| heartbeat.term == term);
-    (fresh && trusted && !drone.draining).then_some(heartbeat)
+    (fresh && trusted && !drone.draining && !drone.leaving).then_some(heartbeat)
 }
 
 fn text(bytes: Vec<u8>) -> Result<String, StateError> {

@@ -10,11 +10,13 @@ use common::{
     LEASE, STATUSES, acquire, form, heartbeat, idempotent, plain, register, report, spawn, state_of,
 };
 use holdfast_core::codec::{VERSION, decode, encode};
-use holdfast_core::command::{Command, Proposal, Renew, RenewKey, Stamp, Sweep, SweepKey};
+use holdfast_core::command::{
+    ActivityReport, Command, FromDrone, Proposal, Renew, RenewKey, Stamp, Sweep, SweepKey,
+};
 use holdfast_core::outcome::{Holder, Outcome, Refusal, RenewOutcome, ReportOutcome};
 use holdfast_core::records::{
-    ActionRecord, BackendRecord, ClusterRecord, DroneRecord, HeartbeatRecord, IdempotencyRecord, KeyRecord,
-    MemberIdsRecord, PendingAction, ProgressRecord, RestoredRecord,
+    ActionRecord, ActivityRecord, BackendRecord, ClusterRecord, DroneRecord, HeartbeatRecord,
+    IdempotencyRecord, KeyRecord, MemberIdsRecord, PendingAction, ProgressRecord, RestoredRecord,
 };
 use holdfast_wire::{BackendState, BackendStatus, KeyConfig, TerminationKind, TerminationReason};
 use proptest::prelude::*;
@@ -64,7 +66,15 @@ fn proposals() -> Vec<(&'static str, Proposal)> {
                 reason: TerminationReason::KeyExpired,
             }),
         ),
-        ("drain", plain(Command::Drain { cluster: text("c"), drone: text("d1"), draining: true })),
+        (
+            "drain",
+            plain(Command::Drain {
+                cluster: text("c"),
+                drone: text("d1"),
+                draining: true,
+                deadline_in_ms: Some(300_000),
+            }),
+        ),
         ("revoke_tokens", plain(Command::RevokeTokens { backend_id: text("b1"), user: text("alice") })),
         (
             "sweep",
@@ -80,6 +90,25 @@ fn proposals() -> Vec<(&'static str, Proposal)> {
         ),
         ("tick", plain(Command::Tick)),
         ("idempotent_tick", idempotent(Command::Tick, "request-1", 0xab)),
+        ("end_due", plain(Command::EndDue)),
+        (
+            "together",
+            plain(Command::Together(vec![
+                FromDrone::Renew(Renew { drone_id: 3, keys: vec![] }),
+                FromDrone::ReportStates { drone_id: 3, reports: vec![] },
+                FromDrone::AckActions { drone_id: 3, action_ids: vec![text("ak-5-0")] },
+                FromDrone::Activity {
+                    drone_id: 3,
+                    session: text("s1"),
+                    number: 7,
+                    items: vec![
+                        ActivityReport { backend_id: text("b1"), token: Some(1 << 40), idle_ms: Some(5000) },
+                        ActivityReport { backend_id: text("b2"), token: None, idle_ms: None },
+                    ],
+                },
+                FromDrone::Leaving { drone_id: 3, session: text("s1") },
+            ])),
+        ),
     ]
 }
 
@@ -132,6 +161,8 @@ fn outcomes() -> Vec<(&'static str, Outcome)> {
         ),
         ("registered", Outcome::Registered { drone_id: 3 }),
         ("updated", Outcome::Updated(false)),
+        ("drained", Outcome::Drained { updated: true, remaining: 300 }),
+        ("together", Outcome::Together(vec![Outcome::Done, Outcome::Updated(true)])),
         (
             "reported",
             Outcome::Reported(vec![
@@ -161,6 +192,13 @@ fn backend() -> BackendRecord {
         subdomain: None,
         revoked_users: vec!["alice".to_owned()],
         terminate_action: Some((80, 1)),
+        activity: Some(ActivityRecord {
+            incarnation: "i1".to_owned(),
+            session: "s1".to_owned(),
+            number: 7,
+            idle_since_ms: Some(4000),
+        }),
+        end_filed_at_ms: Some(5000),
     }
 }
 
@@ -256,6 +294,8 @@ fn the_bytes_are_those_of_the_fixture_and_nothing_else_decodes() {
         backend_count: 5,
         registered_at_ms: 1000,
         heartbeat: Some(HeartbeatRecord { at_ms: 2000, term: 3, local_time_ms: -1 }),
+        drain_deadline_ms: Some(9000),
+        leaving: true,
     };
     line(&mut out, "record", "drone", &drone);
     drone.heartbeat = None;
@@ -321,7 +361,7 @@ proptest! {
     }
 
     #[test]
-    fn a_flipped_byte_never_panics(which in 0..17usize, at in any::<prop::sample::Index>(), to in any::<u8>()) {
+    fn a_flipped_byte_never_panics(which in 0..19usize, at in any::<prop::sample::Index>(), to in any::<u8>()) {
         let (_, proposal) = &proposals()[which];
         let mut bytes = encode(proposal);
         let at = at.index(bytes.len());

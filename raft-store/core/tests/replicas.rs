@@ -10,7 +10,9 @@ use common::{
     tables_agree,
 };
 use holdfast_core::apply::{Applied, Position, apply, apply_blank};
-use holdfast_core::command::{Command, Proposal, Renew, RenewKey, Stamp, Sweep, SweepKey};
+use holdfast_core::command::{
+    ActivityReport, Command, FromDrone, Proposal, Renew, RenewKey, Stamp, Sweep, SweepKey,
+};
 use holdfast_core::kv::{MemState, Txn};
 use holdfast_core::limits::{CHECKSUM_EVERY, CHECKSUMS_KEPT};
 use holdfast_core::records::ProgressRecord;
@@ -35,14 +37,17 @@ fn commands() -> impl Strategy<Value = Command> {
     let drone = || 1..4i32;
     let backend = || name("b", 12);
     let token = || prop::option::of(1..60u64);
+    let limits = (prop::option::of(1..60u32), prop::option::of(1..20u32));
     prop_oneof![
         1 => Just(form(LEASE, 20_000)),
         1 => (60_000..70_000u64).prop_map(|expiry_ms| Command::SetLease(LeaseConfig { expiry_ms, ..LEASE })),
-        12 => (name("k", 4), name("t", 2), prop::option::of((backend(), any::<bool>(), drone(), drone())))
+        12 => (name("k", 4), name("t", 2), prop::option::of((backend(), any::<bool>(), drone(), drone(), limits)))
             .prop_map(|(name, tag, want)| {
-                let spawn = want.map(|(id, id_supplied, a, b)| {
+                let spawn = want.map(|(id, id_supplied, a, b, (lifetime, max_idle))| {
                     let mut spawn = spawn(&id, &[a, b]);
                     spawn.id_supplied = id_supplied;
+                    spawn.lifetime_limit_seconds = lifetime;
+                    spawn.max_idle_seconds = max_idle;
                     spawn
                 });
                 acquire(key(&name, &tag), spawn)
@@ -73,11 +78,22 @@ fn commands() -> impl Strategy<Value = Command> {
             kind: if hard { TerminationKind::Hard } else { TerminationKind::Soft },
             reason: TerminationReason::External,
         }),
-        1 => (name("d", 3), any::<bool>()).prop_map(|(drone, draining)| Command::Drain {
-            cluster: "c".to_owned(),
-            drone,
-            draining
-        }),
+        1 => (name("d", 3), any::<bool>(), prop::option::of(0..60_000u64)).prop_map(
+            |(drone, draining, deadline_in_ms)| {
+                Command::Drain { cluster: "c".to_owned(), drone, draining, deadline_in_ms }
+            }
+        ),
+        4 => (drone(), name("s", 3), 1..20u64, backend(), prop::option::of(0..20_000u64)).prop_map(
+            |(drone_id, session, number, backend_id, idle_ms)| {
+                let items = vec![ActivityReport { backend_id, token: None, idle_ms }];
+                Command::Together(vec![
+                    FromDrone::Activity { drone_id, session, number, items },
+                ])
+            }
+        ),
+        1 => (drone(), name("s", 3))
+            .prop_map(|(drone_id, session)| Command::Together(vec![FromDrone::Leaving { drone_id, session }])),
+        2 => Just(Command::EndDue),
         1 => (backend(), name("u", 3)).prop_map(|(backend_id, user)| {
             Command::RevokeTokens { backend_id, user }
         }),

@@ -3,10 +3,11 @@
 //!
 //! Entries (each takes `idem=KEY digest=N` and `at=TIME`, an own stamp):
 //! `form [renew= soft= hard= expiry= keep=]` · `set_lease …` · `drone NAME INCARNATION SESSION [take_over=true pool=]` ·
-//! `heartbeat DRONE SESSION LOCAL_TIME` · `acquire KEY [BACKEND DRONE…] [ns= tag= supplied= cluster= pool= lifetime=]` ·
+//! `heartbeat DRONE SESSION LOCAL_TIME` · `acquire KEY [BACKEND DRONE…] [ns= tag= supplied= cluster= pool= lifetime= max_idle=]` ·
 //! `renew DRONE BACKEND… [token=]` · `allow_renewal KEY` · `prevent_renewal KEY` · `revoke KEY` ·
 //! `report DRONE BACKEND STATUS… [token=]` · `ack DRONE ACTION…` · `terminate BACKEND [kind=]` ·
-//! `drain NAME` · `undrain NAME` · `revoke_tokens BACKEND USER` · `sweep [KEY INDEXED_AT TOKEN]` · `sweep_records` ·
+//! `drain NAME [deadline=]` · `undrain NAME` · `leaving DRONE SESSION` · `end_due` ·
+//! `activity DRONE SESSION NUMBER BACKEND busy|IDLE_FOR [token=]` · `revoke_tokens BACKEND USER` · `sweep [KEY INDEXED_AT TOKEN]` · `sweep_records` ·
 //! `tick` · `blank` · `members ID…` (a membership entry). DRONE is an id.
 //!
 //! The rest: `advance TIME` (the leader's clock), `clock TIME`, `leader TERM [own_term_only=]`, `skip ENTRIES`,
@@ -19,7 +20,9 @@ mod common;
 use common::{Replica, form, idempotent, plain, register, state_of};
 use goldenscript::{ArgumentConsumer, Command as ScriptCommand};
 use holdfast_core::codec::decode;
-use holdfast_core::command::{Command, Proposal, Renew, RenewKey, Stamp, StateReport, Sweep, SweepKey};
+use holdfast_core::command::{
+    ActivityReport, Command, FromDrone, Proposal, Renew, RenewKey, Stamp, StateReport, Sweep, SweepKey,
+};
 use holdfast_core::kv::{ReadState, Table, Writes, keys};
 use holdfast_core::outcome::{Effect, Holder, Outcome};
 use holdfast_core::records::{
@@ -131,6 +134,7 @@ impl World {
                 let pool = text_arg(args, "pool");
                 let cluster = args.lookup("cluster").map_or("c", |arg| &arg.value).to_owned();
                 let lifetime_limit_seconds = args.lookup_parse("lifetime")?;
+                let max_idle_seconds = args.lookup_parse("max_idle")?;
                 let spawn = match args.next_pos() {
                     None => None,
                     Some(id) => {
@@ -143,6 +147,7 @@ impl World {
                         spawn.pool = pool;
                         spawn.cluster = cluster;
                         spawn.lifetime_limit_seconds = lifetime_limit_seconds;
+                        spawn.max_idle_seconds = max_idle_seconds;
                         Some(spawn)
                     }
                 };
@@ -190,9 +195,28 @@ impl World {
             },
             "drain" | "undrain" => Command::Drain {
                 cluster: "c".to_owned(),
-                drone: next(args, "the drone")?,
                 draining: name == "drain",
+                deadline_in_ms: time_arg(args, "deadline")?,
+                drone: next(args, "the drone")?,
             },
+            "leaving" => Command::Together(vec![FromDrone::Leaving {
+                drone_id: next(args, "the drone")?.parse()?,
+                session: next(args, "the session")?,
+            }]),
+            "activity" => {
+                let token = args.lookup_parse("token")?;
+                let drone_id = next(args, "the drone")?.parse()?;
+                let session = next(args, "the session")?;
+                let number = next(args, "the number")?.parse()?;
+                let backend_id = next(args, "the backend")?;
+                let idle_ms = match next(args, "busy or the idle time")?.as_str() {
+                    "busy" => None,
+                    idle => Some(ms(idle)?),
+                };
+                let items = vec![ActivityReport { backend_id, token, idle_ms }];
+                Command::Together(vec![FromDrone::Activity { drone_id, session, number, items }])
+            }
+            "end_due" => Command::EndDue,
             "revoke_tokens" => Command::RevokeTokens {
                 backend_id: next(args, "the backend")?,
                 user: next(args, "the user")?,
@@ -295,9 +319,18 @@ impl World {
                     format!("{} {} token={token}", seconds(at), show_pair(pair))
                 }
                 Table::Backends => show_backend(&key, &decode(&value)?),
-                Table::Terminated | Table::IdempotencyExpiry => {
+                Table::Terminated | Table::IdempotencyExpiry | Table::BackendEnds => {
                     let (at, name) = keys::split_timed(&key).ok_or("an entry")?;
                     format!("{} {}", seconds(at), String::from_utf8_lossy(name))
+                }
+                Table::DrainEnds => {
+                    let (at, drone) = keys::split_timed(&key).ok_or("an entry")?;
+                    let drone = keys::split_drone(drone).ok_or("a drone")?;
+                    format!(
+                        "{} drone={drone} looked up to {:?}",
+                        seconds(at),
+                        String::from_utf8_lossy(&value)
+                    )
                 }
                 Table::SuppliedIds => String::from_utf8_lossy(&key).into_owned(),
                 Table::Drones => show_drone(&key, &decode(&value)?),
@@ -424,6 +457,12 @@ fn show_backend(id: &[u8], backend: &BackendRecord) -> String {
     if let Some(at) = backend.lifetime_ends_at_ms {
         write!(out, " ends={}", seconds(at)).unwrap();
     }
+    if let Some(activity) = &backend.activity {
+        match activity.idle_since_ms {
+            Some(at) => write!(out, " idle since {}", seconds(at)).unwrap(),
+            None => out.push_str(" busy"),
+        }
+    }
     if !backend.revoked_users.is_empty() {
         write!(out, " revoked={:?}", backend.revoked_users).unwrap();
     }
@@ -434,15 +473,21 @@ fn show_drone(id: &[u8], drone: &DroneRecord) -> String {
     let heartbeat = drone.heartbeat.map_or("none".to_owned(), |h| {
         format!("{} term={} local={}s", seconds(h.at_ms), h.term, h.local_time_ms / 1000)
     });
+    let mut draining = drone.draining.to_string();
+    if let Some(at) = drone.drain_deadline_ms {
+        write!(draining, " until {}", seconds(at)).unwrap();
+    }
+    if drone.leaving {
+        draining.push_str(" leaving");
+    }
     format!(
-        "{} {} pool={:?} incarnation={} session={} backends={} draining={} heartbeat={heartbeat}",
+        "{} {} pool={:?} incarnation={} session={} backends={} draining={draining} heartbeat={heartbeat}",
         keys::split_drone(id).unwrap_or(-1),
         drone.name,
         drone.pool,
         drone.incarnation,
         drone.session,
         drone.backend_count,
-        drone.draining,
     )
 }
 

@@ -77,6 +77,12 @@ pub enum MessageFromDrone {
     },
     /// Resource use; accepted and not kept.
     BackendMetrics(Value),
+    /// Ours: this drone is shutting down and takes no new backends; its successor under the same name does. Repeated
+    /// until [`MessageToDrone::AckDraining`]. It has no fields, and later ones may be added.
+    Draining {},
+    /// Ours: which backends have open connections, and for how long the others have had none; repeated until
+    /// [`MessageToDrone::AckActivity`].
+    BackendActivity(BackendActivity),
 }
 
 /// See [`MessageFromDrone::Heartbeat`].
@@ -132,6 +138,30 @@ pub struct BackendEvent {
     pub token: Option<u64>,
 }
 
+/// See [`MessageFromDrone::BackendActivity`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct BackendActivity {
+    /// The drone's number for this message; only for the acknowledgement.
+    pub activity_id: i64,
+    /// At most [`crate::limits::ACTIVITIES_MAX`].
+    pub backends: Vec<ActivityItem>,
+}
+
+/// One backend of [`BackendActivity`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ActivityItem {
+    /// The backend.
+    pub backend: String,
+    /// The fencing token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token: Option<u64>,
+    /// Open TCP connections to it.
+    pub connections: u64,
+    /// For how long there has been none, in milliseconds when this was sent; means nothing while there are some.
+    #[serde(default)]
+    pub idle_ms: u64,
+}
+
 /// To the drone.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum MessageToDrone {
@@ -146,6 +176,13 @@ pub enum MessageToDrone {
     RenewKeyResponse(RenewKeyResponse),
     /// Answer to [`MessageFromDrone::RenewKeys`].
     RenewKeysResponse(RenewKeysResponse),
+    /// Ours: it is recorded durably that the drone is shutting down.
+    AckDraining {},
+    /// Ours: the activity is recorded durably, or nobody asked for it.
+    AckActivity {
+        /// Which.
+        activity_id: i64,
+    },
 }
 
 /// See [`MessageToDrone::Action`].
@@ -253,6 +290,17 @@ mod tests {
                 local_time: 5,
                 token: None
             })
+        );
+        let message: MessageFromDrone = serde_json::from_value(json!({"Draining": {"new": 1}})).unwrap();
+        assert_eq!(message, MessageFromDrone::Draining {});
+        let activity = MessageFromDrone::BackendActivity(BackendActivity {
+            activity_id: 7,
+            backends: vec![ActivityItem { backend: "ba-1".into(), token: None, connections: 0, idle_ms: 5 }],
+        });
+        assert_eq!(
+            serde_json::to_value(&activity).unwrap(),
+            json!({"BackendActivity": {"activity_id": 7,
+                   "backends": [{"backend": "ba-1", "connections": 0, "idle_ms": 5}]}})
         );
         let message = MessageToDrone::Action(ActionMessage {
             action_id: "ak-1".into(),

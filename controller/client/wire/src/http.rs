@@ -3,7 +3,7 @@
 use crate::backend::{BackendStatus, TerminationKind, TerminationReason};
 use crate::error::FieldError;
 use crate::key::KeyConfig;
-use crate::limits::{USER_BYTES_MAX, WAIT_MS_DEFAULT, WAIT_MS_MAX};
+use crate::limits::{DRAIN_DEADLINE_MS_MAX, USER_BYTES_MAX, WAIT_MS_DEFAULT, WAIT_MS_MAX};
 use crate::names::{check_cluster, check_name, check_name_or_empty, check_text};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -279,12 +279,15 @@ pub struct ClusterState {
 pub struct DroneState {
     /// Heard of recently enough to be scheduled to.
     pub ready: bool,
-    /// Takes no new backends.
+    /// Takes no new backends: it was told so, or it is shutting down.
     pub draining: bool,
     /// Seconds since its last heartbeat.
     pub last_heartbeat_age: i64,
-    /// Live backends.
+    /// Live backends: of a draining drone, how many are still to go.
     pub backend_count: u64,
+    /// Ours: when what is left on it is asked to end, cluster time in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain_deadline: Option<u64>,
     /// Who it is.
     pub node: NodeState,
 }
@@ -311,11 +314,40 @@ pub enum NodeName {
     Drone(String),
 }
 
-/// POST `/ctrl/c/{cluster}/d/{drone}/drain`.
+/// POST `/ctrl/c/{cluster}/d/{drone}/drain`. All of it is ours: without a body the drone takes no new backends, and
+/// those it has stay.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrainRequest {
+    /// How much later what is left on the drone is asked to end, in milliseconds of cluster time. Without it a deadline
+    /// that was set before stands.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline_ms: Option<u64>,
+    /// Let the drone take backends again, and forget its deadline.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub undo: bool,
+}
+
+impl DrainRequest {
+    /// Checks every field.
+    pub fn check(&self) -> Result<(), FieldError> {
+        match self.deadline_ms {
+            Some(_) if self.undo => Err(FieldError::new("deadline_ms", "has no meaning together with undo")),
+            Some(ms) if ms > DRAIN_DEADLINE_MS_MAX => {
+                Err(FieldError::new("deadline_ms", format!("must be at most {DRAIN_DEADLINE_MS_MAX}")))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Answer to POST `/ctrl/c/{cluster}/d/{drone}/drain`, and to others that say whether anything changed.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct DrainResult {
-    /// Whether the drone was not draining before.
+    /// Whether anything changed.
     pub updated: bool,
+    /// Ours, of a drain: backends of the drone that have not terminated.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub remaining: Option<u64>,
 }
 
 /// POST `/ctrl/b/revoke`.
@@ -428,9 +460,15 @@ pub struct DroneInfo {
     pub pool: String,
     /// Heard of recently enough to be scheduled to, and not draining.
     pub ready: bool,
-    /// Takes no new backends.
+    /// Takes no new backends: it was told so, or it is shutting down.
     pub draining: bool,
-    /// Live backends.
+    /// It said that it is shutting down.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stopping: bool,
+    /// When what is left on it is asked to end, cluster time in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain_deadline: Option<u64>,
+    /// Live backends: of a draining drone, how many are still to go.
     pub backend_count: u64,
     /// Milliseconds of cluster time since its last heartbeat; absent before the first of its incarnation.
     #[serde(default, skip_serializing_if = "Option::is_none")]

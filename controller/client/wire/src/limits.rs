@@ -22,6 +22,10 @@ pub const WAIT_MS_MAX: u64 = 120_000;
 pub const WAIT_MS_DEFAULT: u64 = 30_000;
 /// Most keys in one `RenewKeys` message.
 pub const RENEW_KEYS_MAX: usize = 4096;
+/// Most backends in one `BackendActivity` message.
+pub const ACTIVITIES_MAX: usize = 1024;
+/// Longest time until the deadline of a drain, in milliseconds: thirty days.
+pub const DRAIN_DEADLINE_MS_MAX: u64 = 30 * 24 * 60 * 60 * 1000;
 /// Rows of a listing that names no limit.
 pub const LIST_LIMIT_DEFAULT: usize = 100;
 /// Most rows of one page of a listing.

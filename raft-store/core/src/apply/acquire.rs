@@ -111,7 +111,7 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
             .ok_or_else(|| damaged(format!("the backend count of drone {drone_id} overflows")))?;
         self.put_drone(drone_id, &drone);
 
-        let backend = BackendRecord {
+        let mut backend = BackendRecord {
             key: key.clone(),
             cluster: spawn.cluster.clone(),
             drone_id,
@@ -129,8 +129,10 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
             subdomain: spawn.subdomain.clone(),
             revoked_users: Vec::new(),
             terminate_action: None,
+            activity: None,
+            end_filed_at_ms: None,
         };
-        self.put_backend(&spawn.backend_id, &backend);
+        self.put_backend(&spawn.backend_id, &mut backend);
         self.backend_changed(&spawn.backend_id);
         if spawn.id_supplied {
             self.txn.put(Table::SuppliedIds, spawn.backend_id.as_bytes().to_vec(), Vec::new());

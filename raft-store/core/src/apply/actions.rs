@@ -34,21 +34,32 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
         kind: TerminationKind,
         reason: TerminationReason,
     ) -> Result<Outcome, StateError> {
-        let Some(mut backend) = self.view().backend(backend_id)? else {
+        let Some(backend) = self.view().backend(backend_id)? else {
             return Ok(Outcome::Refused(Refusal::NoSuchBackend(backend_id.to_owned())));
         };
+        Ok(Outcome::Updated(self.ask_end(backend_id, backend, kind, reason)?))
+    }
+
+    /// Asks for the end of a backend, unless it has ended or as hard an end was asked for before; says whether it did.
+    pub(super) fn ask_end(
+        &mut self,
+        backend_id: &str,
+        mut backend: BackendRecord,
+        kind: TerminationKind,
+        reason: TerminationReason,
+    ) -> Result<bool, StateError> {
         // A void spawn is only a mark: nobody was told to end it yet.
         let asked = backend.termination_asked.filter(|asked| *asked != VOIDED);
         if backend.state().status() == BackendStatus::Terminated
             || asked.is_some_and(|(asked_kind, _)| asked_kind >= kind)
         {
-            return Ok(Outcome::Updated(false));
+            return Ok(false);
         }
         backend.termination_asked = Some((kind, reason));
         self.queue_terminate(backend_id, &mut backend, kind, reason)?;
-        self.put_backend(backend_id, &backend);
+        self.put_backend(backend_id, &mut backend);
         self.backend_changed(backend_id);
-        Ok(Outcome::Updated(true))
+        Ok(true)
     }
 
     /// Queues a `Terminate`, in the place of a pending softer one; does nothing if one as hard is pending. The caller
@@ -99,7 +110,7 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
             return Ok(Outcome::Refused(Refusal::Full(what)));
         }
         backend.revoked_users.push(user.to_owned());
-        self.put_backend(backend_id, &backend);
+        self.put_backend(backend_id, &mut backend);
         Ok(Outcome::Updated(true))
     }
 }

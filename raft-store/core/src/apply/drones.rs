@@ -49,7 +49,9 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
             backend_count: old.as_ref().map_or(0, |old| old.backend_count),
             registered_at_ms: self.now_ms,
             // Another process has another clock: nothing can be chosen for it before its own first heartbeat.
-            heartbeat: old.and_then(|old| old.heartbeat).filter(|_| !restarted),
+            heartbeat: old.as_ref().and_then(|old| old.heartbeat).filter(|_| !restarted),
+            drain_deadline_ms: old.as_ref().and_then(|old| old.drain_deadline_ms),
+            leaving: !restarted && old.is_some_and(|old| old.leaving),
         };
         self.put_drone(drone_id, &record);
         self.effect(Effect::Session { drone_id, session: register.session.clone() });
@@ -72,7 +74,7 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
             let mut backend = self.known_backend(&backend_id)?;
             if backend.termination_asked.is_none() {
                 backend.termination_asked = Some(VOIDED);
-                self.put_backend(&backend_id, &backend);
+                self.put_backend(&backend_id, &mut backend);
                 self.backend_changed(&backend_id);
             }
         }
@@ -100,15 +102,48 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
         Ok(Outcome::Done)
     }
 
-    pub(super) fn drain(&mut self, cluster: &str, name: &str, draining: bool) -> Result<Outcome, StateError> {
+    pub(super) fn drain(
+        &mut self,
+        cluster: &str,
+        name: &str,
+        draining: bool,
+        deadline_in_ms: Option<u64>,
+    ) -> Result<Outcome, StateError> {
         let Some((drone_id, mut drone)) = self.view().drone_by_name(cluster, name)? else {
             return Ok(Outcome::Refused(Refusal::NoSuchDrone(name.to_owned())));
         };
-        let changed = drone.draining != draining;
-        if changed {
+        let before = drone.drain_deadline_ms;
+        let deadline_ms = match deadline_in_ms {
+            _ if !draining => None,
+            Some(in_ms) => Some(self.now_ms.saturating_add(in_ms)),
+            None => before,
+        };
+        let updated = drone.draining != draining || before != deadline_ms;
+        if before != deadline_ms {
+            let entry = |at_ms| keys::timed(at_ms, &keys::drone(drone_id));
+            if let Some(at_ms) = before {
+                self.txn.delete(Table::DrainEnds, entry(at_ms));
+            }
+            if let Some(at_ms) = deadline_ms {
+                self.txn.put(Table::DrainEnds, entry(at_ms), Vec::new());
+            }
+        }
+        if updated {
             drone.draining = draining;
+            drone.drain_deadline_ms = deadline_ms;
             self.put_drone(drone_id, &drone);
         }
-        Ok(Outcome::Updated(changed))
+        Ok(Outcome::Drained { updated, remaining: drone.backend_count })
+    }
+
+    pub(super) fn leaving(&mut self, drone_id: i32, session: &str) -> Result<Outcome, StateError> {
+        if let Some(mut drone) = self.view().drone(drone_id)?
+            && drone.session == session
+            && !drone.leaving
+        {
+            drone.leaving = true;
+            self.put_drone(drone_id, &drone);
+        }
+        Ok(Outcome::Done)
     }
 }

@@ -4,7 +4,7 @@
 //!   apply ─▶ formed? ─▶ cluster time ─▶ idempotency ─▶ command ─▶ progress, checksum
 //!                                           │             │
 //!                          recorded answer ◀┘             └▶ acquire · renew · release · reports · actions ·
-//!                                                            drones · cluster · sweep
+//!                                                            drones · cluster · sweep · ends
 //! ```
 //!
 //! Every command checks first and writes after, so that a refusal changes nothing but cluster time and checksum.
@@ -16,6 +16,7 @@ mod actions;
 mod checksum;
 mod cluster;
 mod drones;
+mod ends;
 mod idempotency;
 mod release;
 mod renew;
@@ -140,11 +141,14 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
             Command::ReportStates { drone_id, reports } => self.report_states(*drone_id, reports),
             Command::AckActions { drone_id, action_ids } => self.ack_actions(*drone_id, action_ids),
             Command::Terminate { backend_id, kind, reason } => self.terminate(backend_id, *kind, *reason),
-            Command::Drain { cluster, drone, draining } => self.drain(cluster, drone, *draining),
+            Command::Drain { cluster, drone, draining, deadline_in_ms } => {
+                self.drain(cluster, drone, *draining, *deadline_in_ms)
+            }
             Command::RevokeTokens { backend_id, user } => self.revoke_tokens(backend_id, user),
             Command::Sweep(sweep) => self.sweep(sweep),
             Command::Tick => Ok(Outcome::Done),
             Command::Together(commands) => self.together(commands),
+            Command::EndDue => self.end_due(),
         }
     }
 
@@ -156,6 +160,10 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
             FromDrone::Renew(renew) => self.renew(renew),
             FromDrone::ReportStates { drone_id, reports } => self.report_states(*drone_id, reports),
             FromDrone::AckActions { drone_id, action_ids } => self.ack_actions(*drone_id, action_ids),
+            FromDrone::Activity { drone_id, session, number, items } => {
+                self.activity(*drone_id, session, *number, items)
+            }
+            FromDrone::Leaving { drone_id, session } => self.leaving(*drone_id, session),
         });
         Ok(Outcome::Together(outcomes.collect::<Result<_, _>>()?))
     }

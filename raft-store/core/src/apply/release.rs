@@ -47,7 +47,7 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
                 TerminationReason::KeyExpired,
             )?;
         }
-        self.put_backend(&key.backend_id, &backend);
+        self.put_backend(&key.backend_id, &mut backend);
         Ok(())
     }
 

@@ -24,8 +24,8 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
             .iter()
             .map(|report| self.report_one(drone_id, report, &mut changed))
             .collect::<Result<_, _>>()?;
-        for (id, backend) in changed {
-            self.put_backend(id, &backend);
+        for (id, mut backend) in changed {
+            self.put_backend(id, &mut backend);
         }
         Ok(Outcome::Reported(outcomes))
     }

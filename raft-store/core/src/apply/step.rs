@@ -110,7 +110,19 @@ impl<'s, 'b, R: ReadState + ?Sized> Step<'s, 'b, R> {
         self.view().backend(id)?.ok_or_else(|| damaged(format!("a record leads to the unknown backend {id}")))
     }
 
-    pub(super) fn put_backend(&mut self, id: &str, record: &BackendRecord) {
+    /// Writes a backend, and moves it to where `backend_ends` must have it now.
+    pub(super) fn put_backend(&mut self, id: &str, record: &mut BackendRecord) {
+        let ends_at_ms = record.ends_at_ms();
+        if record.end_filed_at_ms != ends_at_ms {
+            let entry = |at_ms| keys::timed(at_ms, id.as_bytes());
+            if let Some(at_ms) = record.end_filed_at_ms {
+                self.txn.delete(Table::BackendEnds, entry(at_ms));
+            }
+            if let Some(at_ms) = ends_at_ms {
+                self.txn.put(Table::BackendEnds, entry(at_ms), Vec::new());
+            }
+            record.end_filed_at_ms = ends_at_ms;
+        }
         self.txn.put(Table::Backends, id.as_bytes().to_vec(), encode(record));
     }
 

@@ -6,6 +6,14 @@ use crate::kv::{ReadState, StateError, Table, keys};
 use crate::limits::{SWEEP_KEYS_MAX, SWEEP_RECORDS_MAX};
 use crate::outcome::Outcome;
 
+/// The name in an entry of a time index.
+pub(super) fn name_of(table: Table, entry: &[u8]) -> Result<String, StateError> {
+    keys::split_timed(entry)
+        .and_then(|(_, name)| std::str::from_utf8(name).ok())
+        .map(str::to_owned)
+        .ok_or_else(|| damaged(format!("an entry of {}", table.name())))
+}
+
 impl<R: ReadState + ?Sized> Step<'_, '_, R> {
     pub(super) fn sweep(&mut self, sweep: &Sweep) -> Result<Outcome, StateError> {
         for seen in sweep.keys.iter().take(SWEEP_KEYS_MAX) {
@@ -46,10 +54,7 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
         let rows = self.txn.scan(table, &[], Some(&end), SWEEP_RECORDS_MAX)?;
         let mut due = Vec::with_capacity(rows.len());
         for (entry, _) in rows {
-            let name = keys::split_timed(&entry)
-                .and_then(|(_, name)| std::str::from_utf8(name).ok())
-                .ok_or_else(|| damaged(format!("an entry of {}", table.name())))?;
-            due.push(name.to_owned());
+            due.push(name_of(table, &entry)?);
             self.txn.delete(table, entry);
         }
         Ok(due)

@@ -229,6 +229,20 @@ pub fn tables_agree(state: &MemState) {
     }
     assert_eq!(table(Table::DroneNames).len(), table(Table::Drones).len());
 
+    // What a limit will end is filed under that time, and nothing else is.
+    let index = |t: Table| -> BTreeSet<Vec<u8>> { table(t).keys().map(|k| k.to_vec()).collect() };
+    let filed = backends.iter().filter_map(|(id, backend)| {
+        assert_eq!(backend.end_filed_at_ms, backend.ends_at_ms(), "{id}");
+        backend.end_filed_at_ms.map(|at_ms| keys::timed(at_ms, id.as_bytes()))
+    });
+    assert_eq!(index(Table::BackendEnds), filed.collect());
+    // An entry of a drain stands for its drone's deadline; it goes when the pass is over, the deadline does not.
+    for entry in index(Table::DrainEnds) {
+        let (at_ms, drone_id) = keys::split_timed(&entry).unwrap();
+        let drone = View(state).drone(keys::split_drone(drone_id).unwrap()).unwrap().unwrap();
+        assert!(drone.draining && drone.drain_deadline_ms == Some(at_ms), "{drone:?}");
+    }
+
     // Every action is that of its backend's records, and stands where they say.
     for (place, bytes) in table(Table::Actions) {
         let action: ActionRecord = decode(bytes).unwrap();
@@ -249,8 +263,7 @@ pub fn tables_agree(state: &MemState) {
         let record: IdempotencyRecord = decode(bytes).unwrap();
         filed.insert(keys::timed(record.expires_at_ms, key));
     }
-    let index: BTreeSet<Vec<u8>> = table(Table::IdempotencyExpiry).keys().map(|k| k.to_vec()).collect();
-    assert_eq!(index, filed);
+    assert_eq!(index(Table::IdempotencyExpiry), filed);
     assert_eq!(progress.idempotency_records, filed.len() as u64);
     assert_eq!(progress.supplied_ids, table(Table::SuppliedIds).len() as u64);
 }

@@ -44,6 +44,9 @@ fn ops(len: std::ops::Range<usize>) -> impl Strategy<Value = Vec<Op>> {
         1 => (0..KEYS, any::<bool>()).prop_map(|(key, hard)| Op::Terminate { key, hard }),
         1 => (0..KEYS, any::<bool>()).prop_map(|(key, allow)| Op::AllowRenew { key, allow }),
         2 => Just(Op::ProposeSweep),
+        2 => Just(Op::EndDue),
+        1 => (0..DRONES, prop::option::of(0..30_000u64), prop::bool::weighted(0.7))
+            .prop_map(|(drone, deadline_ms, undo)| Op::Drain { drone, deadline_ms, undo }),
         1 => (0..KEYS).prop_map(Op::Revoke),
         2 => (prop_oneof![0..6_000u64, 0..90_000u64], 950..=1050u64, 0..1_000_000_000u64).prop_map(
             |(outage_ms, rate_permille, boot_ms)| Op::LeaderChange { outage_ms, rate_permille, boot_ms }
@@ -112,6 +115,7 @@ fn the_runs_reach_what_matters() {
         ("ended at the hard deadline", stats.killed_at_deadline),
         ("started under a key that had another backend", stats.successors),
         ("adopted", stats.adopted),
+        ("asked to end by a limit or a drain", stats.ended_by_time),
     ] {
         assert!(count >= 20, "only {count} times: {what} ({stats:?})");
     }

@@ -54,6 +54,12 @@ pub enum Op {
         allow: bool,
     },
     ProposeSweep,
+    EndDue,
+    Drain {
+        drone: usize,
+        deadline_ms: Option<u64>,
+        undo: bool,
+    },
     Revoke(usize),
     LeaderChange {
         outage_ms: u64,
@@ -115,6 +121,7 @@ stats!(
     killed_at_deadline,
     successors,
     adopted,
+    ended_by_time,
 );
 
 /// A held key, as it must be.
@@ -265,6 +272,15 @@ impl Sim {
                     held.allow_renew = *allow;
                 }
             }
+            Op::EndDue => return self.end_due(),
+            Op::Drain { drone, deadline_ms, undo } => {
+                self.propose(Command::Drain {
+                    cluster: "c".to_owned(),
+                    drone: self.drones[*drone].name.clone(),
+                    draining: !*undo,
+                    deadline_in_ms: *deadline_ms,
+                });
+            }
             Op::ProposeSweep => {
                 let keys = self.replica.view().expired_candidates(self.leader_now_ms(), 10).unwrap();
                 self.network.push(Message::Sweep(Sweep { keys, records: true }));
@@ -284,6 +300,32 @@ impl Sim {
         Ok(())
     }
 
+    /// Nothing is asked to end before its limit or its drone's deadline, and of what has a limit nothing is left out.
+    fn end_due(&mut self) -> Result<(), String> {
+        let asked = |sim: &Self| -> BTreeSet<String> {
+            let (backends, _) = sim.replica.view().backends("", None, 10_000).unwrap();
+            let asked = backends.into_iter().filter(|(_, backend)| backend.termination_asked.is_some());
+            asked.map(|(id, _)| id).collect()
+        };
+        let before = asked(self);
+        self.propose(Command::EndDue);
+        let now_ms = self.now_ms();
+        let view = self.replica.view();
+        for id in asked(self).difference(&before) {
+            let backend = view.backend(id).unwrap().unwrap();
+            let drained_at_ms = view.drone(backend.drone_id).unwrap().unwrap().drain_deadline_ms;
+            let over = [backend.lifetime_ends_at_ms, drained_at_ms].into_iter().flatten().min();
+            if over.is_none_or(|at_ms| at_ms > now_ms) {
+                return Err(format!("{id} was ended at {now_ms}, before its time: {backend:?}"));
+            }
+            self.stats.ended_by_time += 1;
+        }
+        if view.has_ends_due(now_ms).unwrap() {
+            return Err(format!("something is still due at {now_ms}"));
+        }
+        Ok(())
+    }
+
     fn advance(&mut self, ms: u64) {
         self.real_ms += ms;
         if self.faults.ignore_deadlines {
@@ -299,7 +341,10 @@ impl Sim {
         let backend_id = format!("b{}", self.next_backend);
         self.next_backend += 1;
         let ids = candidates.map(|drone| self.drones[drone].id);
-        let outcome = self.propose(acquire(key(&key_name(at), &tag), Some(spawn(&backend_id, &ids))));
+        let mut spawn = spawn(&backend_id, &ids);
+        // One of the keys.
+        spawn.lifetime_limit_seconds = (at == 0).then_some(45);
+        let outcome = self.propose(acquire(key(&key_name(at), &tag), Some(spawn)));
         let now_ms = self.now_ms();
         let held = self.model.get(&at).cloned();
         let live = held.as_ref().filter(|held| held.expires_at_ms > now_ms);
