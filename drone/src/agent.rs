@@ -1,9 +1,10 @@
 //! The drone's one decision maker: a task that owns the leases, the backends' lives and the reports, and is told of
 //! everything that happens. What it decides is decided by the pure parts; it carries the results between them.
 
+use crate::activity::{LOOK_EVERY, Place, Seen, Tracker, look_at};
 use crate::admission::{Admission, Verdict};
 use crate::adopt::Left;
-use crate::clock::{AsyncBootTimer, DroneClock};
+use crate::clock::{AsyncBootTimer, DroneClock, boot_ms};
 use crate::data_dir::{BackendsDir, DataDir, DataDirError};
 use crate::guard::{EndNow, Update};
 use crate::journal::Record;
@@ -44,6 +45,8 @@ pub const STOP_KILL_MS: i64 = 3_000;
 pub const STOP_REPORT_MS: i64 = 3_000;
 /// Inputs that wait for the agent; whoever has one more waits too.
 pub const INPUTS_MAX: usize = 1_024;
+/// After how long it is said again that this drone is stopping, in milliseconds.
+const DRAINING_AGAIN_MS: i64 = 1_000;
 /// How often the backends' directories are tidied.
 const TIDY_INTERVAL: Duration = Duration::from_secs(10);
 /// Facts of one backend that wait for being passed on.
@@ -61,6 +64,8 @@ pub enum Input {
         /// What.
         fact: Fact,
     },
+    /// What was seen of connections to which backends, with their tokens.
+    Connections(Vec<(String, u64, Seen)>),
     /// To stop; the second time, at once.
     Stop,
     /// To go and end nothing: guards hold the deadlines until the next drone adopts them.
@@ -83,6 +88,17 @@ struct Backend {
     token: u64,
     address: SocketAddr,
     want: watch::Sender<Want>,
+    /// It has answered HTTP.
+    answers: bool,
+    /// Where its connections are seen.
+    place: Place,
+}
+
+impl Backend {
+    fn new(token: u64, address: SocketAddr, want: watch::Sender<Want>) -> Self {
+        let place = Place { pid: None, port: address.port() };
+        Self { life: Life::new(address), token, address, want, answers: false, place }
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -119,6 +135,11 @@ pub struct Agent {
     boot_id: String,
     /// It was told to leave.
     left: bool,
+    activity: Tracker,
+    /// Connections are being looked at.
+    looking: bool,
+    /// When the controllers are told next that this drone takes no new backends, in drone time; never, once they have it.
+    say_draining_at: Option<i64>,
 }
 
 impl Agent {
@@ -151,6 +172,9 @@ impl Agent {
             unconfirmed: BTreeSet::new(),
             boot_id,
             left: false,
+            activity: Tracker::default(),
+            looking: false,
+            say_draining_at: None,
         };
         for one in left {
             agent.adopt(one);
@@ -188,7 +212,7 @@ impl Agent {
         let (want, wants) = watch::channel(first);
         self.admission.adopted(&id, deadlines.soft_terminate_at);
         self.ports.keep(address);
-        self.backends.insert(id.clone(), Backend { life: Life::new(address), token, address, want });
+        self.backends.insert(id.clone(), Backend::new(token, address, want));
         let runtime = Arc::clone(&self.runtime);
         let (sender, facts) = mpsc::channel(FACTS_MAX);
         let over = async |sender: mpsc::Sender<Fact>, all: Vec<Fact>| {
@@ -231,6 +255,8 @@ impl Agent {
         let timer = AsyncBootTimer::new()?;
         let mut tidy = tokio::time::interval(TIDY_INTERVAL);
         tidy.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut looks = tokio::time::interval(LOOK_EVERY);
+        looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             // Deadlines first: an answer that waited in the queue past its deadline is too late.
             self.due()?;
@@ -245,6 +271,7 @@ impl Agent {
                 },
                 fired = timer.fired() => fired?,
                 _ = tidy.tick() => self.tidy(),
+                _ = looks.tick() => self.look(),
             }
         }
     }
@@ -260,6 +287,7 @@ impl Agent {
                 self.outbox.session_lost();
             }
             Input::Backend { id, fact } => self.fact(&id, fact)?,
+            Input::Connections(found) => self.connections(found),
             Input::Stop => self.stop(),
             Input::Leave => {
                 info!(
@@ -293,6 +321,13 @@ impl Agent {
             let request = RenewKeysRequest { local_time: now, keys: keys.to_vec() };
             self.send(MessageFromDrone::RenewKeys(request));
         }
+        self.say_draining(now);
+        if self.session.is_some() {
+            let boot_ms = boot_ms().unsigned_abs();
+            while let Some(activity) = self.activity.message(boot_ms) {
+                self.send(MessageFromDrone::BackendActivity(activity));
+            }
+        }
         if self.stopping.is_some_and(|stopping| now >= stopping.kill_at) {
             self.end_all(TerminationKind::Hard, TerminationReason::Swept, now);
         }
@@ -304,6 +339,54 @@ impl Agent {
         Ok(())
     }
 
+    /// Tells the controllers that this drone takes no new backends, until they have it durably.
+    fn say_draining(&mut self, now: i64) {
+        if self.session.is_some() && self.say_draining_at.is_some_and(|at| now >= at) {
+            self.say_draining_at = Some(now.saturating_add(DRAINING_AGAIN_MS));
+            self.send(MessageFromDrone::Draining {});
+        }
+    }
+
+    /// Looks for connections to the backends that are ready, beside everything else.
+    fn look(&mut self) {
+        let watched: Vec<(String, u64, Place)> = self
+            .backends
+            .iter()
+            .filter(|(_, backend)| backend.answers && !backend.life.is_over())
+            .map(|(id, backend)| (id.clone(), backend.token, backend.place))
+            .collect();
+        if self.looking || watched.is_empty() {
+            return;
+        }
+        self.looking = true;
+        let inputs = self.inputs.clone();
+        tokio::spawn(async move {
+            let places: Vec<Place> = watched.iter().map(|(_, _, place)| *place).collect();
+            let looked = tokio::task::spawn_blocking(move || look_at(places)).await;
+            let (found, problems) = looked.unwrap_or_default();
+            if let Some(problem) = problems.first() {
+                // A container that has just ended is the common case.
+                debug!(problems = problems.len(), "connections are not seen everywhere: {problem}");
+            }
+            let found = watched
+                .into_iter()
+                .filter_map(|(id, token, place)| Some((id, token, *found.get(&place)?)))
+                .collect();
+            // The agent is ending if it does not listen.
+            let _ = inputs.send(Input::Connections(found)).await;
+        });
+    }
+
+    fn connections(&mut self, found: Vec<(String, u64, Seen)>) {
+        self.looking = false;
+        let boot_ms = boot_ms().unsigned_abs();
+        for (id, token, seen) in found {
+            if self.backends.get(&id).is_some_and(|backend| !backend.life.is_over()) {
+                self.activity.seen(&id, token, seen, boot_ms);
+            }
+        }
+    }
+
     fn next_wake(&self) -> Option<i64> {
         let reports = self.session.as_ref().and_then(|_| self.outbox.next_wake());
         let now = self.clock.now_ms();
@@ -311,7 +394,8 @@ impl Agent {
             self.stopping.map(|s| if now < s.kill_at { s.kill_at.min(s.leave_at) } else { s.leave_at });
         // A full queue to the session leaves reports that are overdue: look again soon, not at once for ever.
         let reports = reports.map(|at| at.max(now + 10));
-        [self.keeper.next_wake(), reports, stopping].into_iter().flatten().min()
+        let draining = self.session.as_ref().and(self.say_draining_at);
+        [self.keeper.next_wake(), reports, stopping, draining].into_iter().flatten().min()
     }
 
     fn connected(
@@ -322,6 +406,10 @@ impl Agent {
         let now = self.clock.now_ms();
         self.session = Some(sender);
         self.outbox.session_lost();
+        self.activity.connected();
+        if self.stopping.is_some() {
+            self.say_draining_at = Some(now);
+        }
         self.lease = handshake.lease;
         self.keeper.ask_again(now);
         match (handshake.cluster_id, &self.cluster_id) {
@@ -385,7 +473,8 @@ impl Agent {
                 };
                 self.renewed(RenewKeysResponse { keys: vec![key] });
             }
-            MessageToDrone::AckDraining {} | MessageToDrone::AckActivity { .. } => {}
+            MessageToDrone::AckDraining {} => self.say_draining_at = None,
+            MessageToDrone::AckActivity { activity_id } => self.activity.acknowledged(activity_id),
         }
         Ok(())
     }
@@ -509,9 +598,9 @@ impl Agent {
             kill_ms: self.kill_ms(),
         };
         let (want, wants) = watch::channel(first);
-        let mut life = Life::new(address);
-        let effects = life.begin();
-        self.backends.insert(id.to_owned(), Backend { life, token: key.token, address, want });
+        let mut backend = Backend::new(key.token, address, want);
+        let effects = backend.life.begin();
+        self.backends.insert(id.to_owned(), backend);
         self.carry_out(id, effects, now);
         let record = Record {
             boot_id: self.boot_id.clone(),
@@ -551,11 +640,21 @@ impl Agent {
     }
 
     fn fact(&mut self, id: &str, fact: Fact) -> Result<(), AgentError> {
-        if let Fact::Metrics(metrics) = fact {
-            self.send(MessageFromDrone::BackendMetrics(metrics));
-            return Ok(());
-        }
+        let fact = match fact {
+            Fact::Metrics(metrics) => {
+                self.send(MessageFromDrone::BackendMetrics(metrics));
+                return Ok(());
+            }
+            Fact::ConnectionsAt(place) => {
+                if let Some(backend) = self.backends.get_mut(id) {
+                    backend.place = place;
+                }
+                return Ok(());
+            }
+            fact => fact,
+        };
         let Some(backend) = self.backends.get_mut(id) else { return Ok(()) };
+        backend.answers |= fact == Fact::Ready;
         let gone = fact == Fact::Gone;
         let exited = matches!(fact, Fact::Exited(_));
         let effects = backend.life.learn(fact);
@@ -569,6 +668,7 @@ impl Agent {
         if gone {
             self.keeper.ended(id);
             self.unconfirmed.remove(id);
+            self.activity.forget(id);
             self.ports.release(address);
             self.move_on()?;
         }
@@ -611,6 +711,9 @@ impl Agent {
             return;
         }
         info!(backends = self.backends.len(), "stopping");
+        // First of all: what is started now would be ended at once.
+        self.say_draining_at = Some(now);
+        self.say_draining(now);
         let kill_at = now.saturating_add(STOP_MS_MAX);
         let leave_at = kill_at.saturating_add(STOP_KILL_MS);
         self.stopping = Some(Stopping { kill_at, leave_at, over_at: None });

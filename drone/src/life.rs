@@ -7,6 +7,7 @@
 //! 2. `terminated` is reported only on [`Fact::Gone`]: nothing of the backend is left.
 //! 3. An end that has begun is never taken back; it can only turn from soft to hard.
 
+use crate::activity::Place;
 use crate::guard::Report;
 use holdfast_wire::{BackendState, BackendStatus, TerminationKind, TerminationReason};
 use std::net::SocketAddr;
@@ -34,6 +35,8 @@ pub enum Fact {
     Exited(Option<i32>),
     /// Nothing of it is left, and nobody has seen its end: the machine was started anew, or its guard was killed.
     Lost,
+    /// Where its connections are seen, if not at its port on this machine.
+    ConnectionsAt(Place),
     /// What it uses, as the controllers are told it.
     Metrics(serde_json::Value),
     /// Nothing of it is left.
@@ -135,7 +138,7 @@ impl Life {
             }
             Fact::Lost => self.failure = Some(TerminationReason::Lost),
             // No part of a life.
-            Fact::Metrics(_) => {}
+            Fact::Metrics(_) | Fact::ConnectionsAt(_) => {}
             Fact::Exited(code) => {
                 self.exited = true;
                 self.exit_code = code;

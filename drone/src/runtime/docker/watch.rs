@@ -4,6 +4,7 @@
 use super::DockerRuntime;
 use super::end;
 use super::stats::{self, Counters, METRICS_FIRST, METRICS_INTERVAL};
+use crate::activity::Place;
 use crate::guard::Report;
 use crate::life::Fact;
 use crate::runtime::Want;
@@ -151,6 +152,11 @@ impl<'a> Watch<'a> {
             Report::Started { pid } => {
                 info!(backend, container = self.container, pid, "started");
                 self.running = true;
+                if pid > 0 {
+                    // Connections from elsewhere come by the kernel's address translation, and are in its tables alone.
+                    let place = Place { pid: Some(pid), port: super::create::CONTAINER_PORT };
+                    tell(self.facts, Fact::ConnectionsAt(place)).await;
+                }
                 tell(self.facts, Fact::Started).await;
             }
             Report::NotStarted { late, problem } => {
