@@ -224,7 +224,7 @@ async fn a_drain_and_a_limit_outlast_the_leader_that_took_them() {
     }
     let (limited, token) = start(follower, &mut drone, "a", json!({"lifetime_limit_seconds": 2})).await;
     let (drained, _) = start(follower, &mut drone, "b", json!({})).await;
-    let (_, answer) = servers[leader].post(drain_path("dr-a"), &json!({"deadline_ms": 5_000})).await;
+    let (_, answer) = servers[leader].post(drain_path("dr-a"), &json!({"deadline_ms": 3_500})).await;
     assert_eq!(answer, json!({"updated": true, "remaining": 2}));
     servers[leader].stop().await;
     assert_eq!(swept(&mut drone).await, limited);
