@@ -343,7 +343,8 @@ mod tests {
             let places = [Place { pid: None, port }, Place { pid: Some(own), port }];
             let (seen, errors) = look_at(places);
             assert!(errors.is_empty(), "{errors:?}");
-            assert_eq!(seen[&places[0]], seen[&places[1]], "the same namespace");
+            // The same namespace; a tick may pass between the two.
+            assert_eq!(seen[&places[0]].open, seen[&places[1]].open);
             seen[&places[0]]
         };
         // The kernel may still be busy with the last packets.
