@@ -477,3 +477,27 @@ impl ContainerGuard {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guard_is_armed_by_drones_that_know_of_no_containers() {
+        let update = r#""update":{"soft_boot_ms":1,"hard_boot_ms":2,"end":null}"#;
+        let older = format!(r#"{{"command":["true"],"env":{{}},"cwd":"/","log":"/l",{update}}}"#);
+        let arm: Arm = serde_json::from_str(&older).unwrap();
+        assert_eq!(arm.container, None);
+        assert!(!serde_json::to_string(&arm).unwrap().contains("container"), "nor is an older guard told");
+    }
+
+    #[test]
+    fn an_inspected_container_and_an_exit_code_are_read() {
+        let answer =
+            r#"{"Id":"9e","State":{"Status":"running","Running":true,"Pid":7,"ExitCode":0},"Name":"/x"}"#;
+        let state = serde_json::from_str::<Inspected>(answer).unwrap().state;
+        assert!(state.running && state.pid == 7 && state.exit_code == 0);
+        let waited: Waited = serde_json::from_str(r#"{"Error":null,"StatusCode":137}"#).unwrap();
+        assert_eq!(waited.status_code, 137);
+    }
+}

@@ -20,7 +20,7 @@
 //! 3. The death of the guard is the death of everything below it.
 //! 4. [`Report::Gone`] is the last report, and means that nothing is left.
 //!
-//! A container is held the same way, but started and killed by its engine or by its processes' numbers: see [`container`].
+//! A container is held the same way, but is no child of its guard: see the module `container`.
 //!
 //! Without the right to make a PID namespace (not root) the guard is a child subreaper and kills all its descendants
 //! instead, and a watcher beside it does so at the deadline in init's place. Then 3 holds for the backend's main process only; the drone looks for the rest by their environment.

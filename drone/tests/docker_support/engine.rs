@@ -7,6 +7,7 @@ use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -28,9 +29,10 @@ impl Engine {
             let _ = writeln!(std::io::stderr(), "SKIP: no dockerd here, or not root");
             return None;
         }
-        let pid = std::process::id();
-        let bridge = format!("hf{pid}");
-        let address = format!("10.89.{}.1/24", pid % 250);
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let (pid, count) = (std::process::id(), COUNT.fetch_add(1, Ordering::SeqCst));
+        let bridge = format!("hf{pid}x{count}");
+        let address = format!("10.89.{}.1/24", (pid + count) % 250);
         assert!(ip(&["link", "add", &bridge, "type", "bridge"]), "no bridge");
         let mut engine = Self { dir: tempfile::tempdir().unwrap(), bridge, process: None };
         assert!(ip(&["addr", "add", &address, "dev", &engine.bridge]), "no address");

@@ -7,6 +7,7 @@ use super::labels::{self, BACKEND};
 use crate::data_dir::has_guard;
 use bollard::models::{ContainerSummary, ContainerSummaryStateEnum as State};
 use bollard::query_parameters::ListContainersOptionsBuilder;
+use futures::stream::{self, StreamExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::time::timeout;
@@ -18,6 +19,8 @@ pub const ENDED_MAX: usize = 100;
 pub(super) const INTERVAL: Duration = Duration::from_secs(10);
 /// Longest time for the engine's list.
 const LIST_MAX: Duration = Duration::from_secs(30);
+/// Containers that are ended at a time.
+const AT_A_TIME_MAX: usize = 8;
 
 /// A container of this drone.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,26 +73,32 @@ pub(super) async fn sweep(runtime: &DockerRuntime) -> Result<(), EndError> {
             ..seen
         })
         .collect();
-    let mut left = Ok(());
-    for (container, fate) in plan(&seen, ENDED_MAX) {
-        let backend = container.backend.as_str();
-        let done = match fate {
-            Fate::End => {
-                warn!(backend, container = container.id, state = %container.state, "nobody guards it: ending it");
-                let permit = container.dir.as_deref().map(super::permit_in);
-                end::end_and_remove(&runtime.docker, &container.id, permit.as_deref()).await
-            }
-            Fate::Remove => {
-                info!(backend, container = container.id, "removing what has ended");
-                end::remove(&runtime.docker, &container.id).await
-            }
-        };
-        if let Err(e) = done {
-            warn!(backend, container = container.id, "cannot remove it: {e}");
-            left = Err(e);
+    // Made first, not in the stream: the compiler does not see otherwise that they may go between threads.
+    let ends: Vec<_> = plan(&seen, ENDED_MAX)
+        .into_iter()
+        .map(|(container, fate)| carry_out(runtime, container, fate))
+        .collect();
+    let done: Vec<Result<(), EndError>> = stream::iter(ends).buffer_unordered(AT_A_TIME_MAX).collect().await;
+    done.into_iter().collect()
+}
+
+async fn carry_out(runtime: &DockerRuntime, container: &Seen, fate: Fate) -> Result<(), EndError> {
+    let (docker, backend, id) = (&runtime.docker, &container.backend, &container.id);
+    let done = match fate {
+        Fate::End => {
+            warn!(backend, container = id, state = %container.state, "nobody guards it: ending it");
+            let permit = container.dir.as_deref().map(super::permit_in);
+            end::end_and_remove(docker, id, permit.as_deref()).await
         }
+        Fate::Remove => {
+            info!(backend, container = id, "removing what has ended");
+            end::remove(docker, id).await
+        }
+    };
+    if let Err(e) = &done {
+        warn!(backend, container = id, "cannot remove it: {e}");
     }
-    left
+    done
 }
 
 /// Ends and removes every container of one backend, whose guard has ended.
