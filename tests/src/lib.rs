@@ -19,6 +19,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that panics has found something")]
 
 pub mod checker;
+pub mod fleet;
 pub mod harness;
 pub mod load;
 pub mod power;

@@ -6,6 +6,9 @@
 #[path = "faults/arena.rs"]
 mod arena;
 
+#[path = "faults/clocks.rs"]
+mod clocks;
+
 #[path = "faults/killed_and_stopped.rs"]
 mod killed_and_stopped;
 

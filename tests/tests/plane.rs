@@ -147,8 +147,9 @@ async fn a_drone_of_planes_make_reconnects_and_keeps_what_it_holds() {
     let cluster = Cluster::builder().drones(0).lease(LEASE).start().await;
     let mut plane = PlaneDrone::connect(&cluster.url(0), &cluster.name, "dr-plane").await;
     plane.acknowledges = false;
+    let executable = docker_executable();
     let answer = tokio::select! {
-        answer = connect(&cluster, "k", &docker_executable()) => answer,
+        answer = connect(&cluster, "k", &executable) => answer,
         () = plane.go_on() => unreachable!("it goes on until it is dropped"),
     };
     let backend = answer["backend_id"].as_str().unwrap().to_owned();

@@ -29,6 +29,10 @@ const BUCKETS_MAX: usize = 16;
 const SPAN_MS_MIN: i64 = 8_000;
 /// ρ, in millionths.
 pub const TOLERANCE_PPM: i64 = CLOCK_RATE_TOLERANCE_PERCENT.cast_signed() * 10_000;
+/// What a measurement may be off by itself, in millionths.
+const MEASURED_PPM_MARGIN: i64 = 10_000;
+/// From here on a clock counts as beyond what leases allow for.
+const FAULT_PPM: i64 = TOLERANCE_PPM + MEASURED_PPM_MARGIN;
 /// An error beyond this is a clock that was set, not one that runs fast; shown as this, in millionths.
 const SHOWN_PPM_MAX: i64 = 10_000_000;
 /// A lease is shortened to no less than one part in so many.
@@ -87,7 +91,7 @@ impl Drift {
     /// The durations that a drone with this clock must be given so that they are over in time: the lease's own, unless
     /// its clock is too slow.
     pub fn lease(&self, lease: LeaseConfig) -> LeaseConfig {
-        let Some(slow_ppm) = self.ppm.map(|ppm| -ppm).filter(|slow| *slow > TOLERANCE_PPM) else {
+        let Some(slow_ppm) = self.ppm.map(|ppm| -ppm).filter(|slow| *slow > FAULT_PPM) else {
             return lease;
         };
         let rate_ppm = u64::try_from(1_000_000 - slow_ppm).unwrap_or(0);
@@ -170,8 +174,8 @@ impl Measured {
         let Some(ppm) = self.drift.heartbeat(local_ms, mine_ms) else { return };
         let mut rows = lock(&self.rows);
         let before = rows.sessions.insert(self.session.clone(), Row { drone: self.drone.clone(), ppm });
-        let was_off = before.is_some_and(|row| row.ppm.abs() > TOLERANCE_PPM);
-        if ppm.abs() > TOLERANCE_PPM && !was_off {
+        let was_off = before.is_some_and(|row| row.ppm.abs() > FAULT_PPM);
+        if ppm.abs() > FAULT_PPM && !was_off {
             rows.faults += 1;
             tracing::error!(
                 drone = self.drone,
@@ -179,7 +183,7 @@ impl Measured {
                 tolerance_ppm = TOLERANCE_PPM,
                 "the drone's clock runs at another rate than this controller's, beyond what leases allow for"
             );
-        } else if was_off && ppm.abs() <= TOLERANCE_PPM {
+        } else if was_off && ppm.abs() <= FAULT_PPM {
             tracing::info!(drone = self.drone, ppm, "the drone's clock runs at a tolerable rate again");
         }
     }
@@ -228,7 +232,7 @@ mod tests {
     #[test]
     fn only_a_clock_that_is_too_slow_shortens_what_it_is_granted() {
         let lease = LeaseConfig::default();
-        for rate in [0.96, 1.0, 1.04, 1.5] {
+        for rate in [0.95, 1.0, 1.05, 1.5] {
             assert_eq!(measured(rate, 30_000, |_| 0).lease(lease), lease, "{rate}");
         }
         let short = measured(0.7, 30_000, |_| 0).lease(lease);

@@ -2,14 +2,16 @@
 
 use holdfast_client::{Client, RequestOptions};
 use holdfast_tests::checker::{Checker, guard_of};
-use holdfast_tests::harness::{Cluster, LONG, SHORT, boot_ms, wait_until};
+use holdfast_tests::harness::{Cluster, ClusterBuilder, LONG, SHORT, boot_ms, wait_until};
 use holdfast_wire::http::{ConnectRequest, KeyInfo};
 use holdfast_wire::{BackendStatus, LeaseConfig};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 /// Between the hard deadline and the expiry lies a second and a half, more than a busy machine needs for a kill.
-pub const LEASE: &str = "renew=600ms,soft=1200ms,hard=1800ms,expiry=3300ms";
+const LEASE: &str = "renew=600ms,soft=1200ms,hard=1800ms,expiry=3300ms";
+/// Between two renewals lies enough for an election, so that nothing is lost by one.
+pub const CALM: &str = "renew=700ms,soft=3s,hard=3500ms,expiry=5s";
 /// How much later than its hard deadline something may be seen on a busy machine, in milliseconds.
 const LATE_MS: u64 = 900;
 /// Drones; any two of them can hold all keys.
@@ -57,12 +59,17 @@ pub fn signal_guard(pid: u32, signal: Signal) {
 impl Arena {
     /// Starts a cluster in which nothing is held yet.
     pub async fn start(keys: usize) -> Self {
-        let cluster = Cluster::builder().drones(DRONES).lease(LEASE).proxied_drones().start().await;
+        Self::of(Cluster::builder(), LEASE, keys).await
+    }
+
+    /// Starts a cluster with these lease durations, what the tests need, and what `builder` has besides.
+    pub async fn of(builder: ClusterBuilder, lease: &str, keys: usize) -> Self {
+        let cluster = builder.drones(DRONES).lease(lease).proxied_drones().start().await;
         let checker = Checker::start(&cluster);
         let options = RequestOptions { retry_no_drone: true, ..RequestOptions::default() };
         let client = cluster.client().with_options(options);
         let keys = (0..keys).map(|i| format!("k-{i}")).collect();
-        Self { cluster, checker, client, lease: LEASE.parse().unwrap(), keys, table: Vec::new() }
+        Self { cluster, checker, client, lease: lease.parse().unwrap(), keys, table: Vec::new() }
     }
 
     /// The keys' names.

@@ -1,11 +1,11 @@
 //! Drones that are cut off, and leaders that are gone.
 
-use crate::arena::Arena;
-use holdfast_tests::harness::{LONG, boot_ms, wait_until};
+use crate::arena::{Arena, CALM};
+use holdfast_tests::harness::{Cluster, LONG, boot_ms, wait_until};
 use nix::sys::signal::Signal;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nothing_of_a_backend_outlives_its_deadline_when_its_drone_is_cut_off_or_leaders_die() {
+async fn nothing_of_a_backend_outlives_its_deadline_when_its_drone_is_cut_off() {
     let mut arena = Arena::start(3).await;
 
     for silent in [false, true] {
@@ -24,6 +24,13 @@ async fn nothing_of_a_backend_outlives_its_deadline_when_its_drone_is_cut_off_or
         arena.cluster.links[held.drone].heal();
         arena.cluster.wait_drone(held.drone).await;
     }
+    arena.settle().await;
+    arena.finish();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn leaders_that_die_or_sleep_cost_no_key_and_with_all_controllers_gone_backends_end_in_time() {
+    let mut arena = Arena::of(Cluster::builder(), CALM, 3).await;
 
     let all = arena.settle().await;
     let leader = arena.cluster.leader().await;

@@ -234,8 +234,7 @@ impl PlaneDrone {
         }
     }
 
-    /// One message, or what is due; false if the session is over. Can be dropped at any time: what is half done is sent
-    /// whole or not at all, since the socket's sink keeps it.
+    /// One message, or what is due; false if the session is over.
     async fn turn(&mut self) -> bool {
         if Instant::now() >= self.next_heartbeat {
             self.next_heartbeat = Instant::now() + HEARTBEAT_EVERY;
