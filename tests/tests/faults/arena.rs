@@ -14,6 +14,8 @@ const LEASE: &str = "renew=600ms,soft=1200ms,hard=1800ms,expiry=3300ms";
 pub const CALM: &str = "renew=700ms,soft=3s,hard=3500ms,expiry=5s";
 /// How much later than its hard deadline something may be seen on a busy machine, in milliseconds.
 const LATE_MS: u64 = 900;
+/// And enough for a drone to notice that its controller says nothing any more (3 s), and to find another.
+pub const CALMER: &str = "renew=1s,soft=6s,hard=7s,expiry=8500ms";
 /// Drones; any two of them can hold all keys.
 const DRONES: usize = 3;
 
@@ -154,7 +156,8 @@ impl Arena {
         self.checker.assert_clean();
     }
 
-    /// Waits until all of these were renewed for a whole expiry beyond now; they must be the holders still.
+    /// Waits until all of these were renewed so late that everything granted before now is over; they must be the holders
+    /// still.
     pub async fn undisturbed(&mut self, fault: &str, all: &[Held]) {
         let from_ms = self.cluster.info().await.cluster_time;
         wait_until(&format!("{fault}: all keys are renewed past an expiry"), LONG, async || {
@@ -163,7 +166,7 @@ impl Arena {
                 let key = keys.iter().find(|key| key.name == held.key);
                 assert_eq!(key.map(|key| &key.backend), Some(&held.backend), "{fault}: {held:?} is lost");
             }
-            let past = from_ms + 2 * self.lease.expiry_ms;
+            let past = from_ms + self.lease.expiry_ms + self.lease.hard_terminate_ms;
             if keys.iter().all(|key| key.expires_at > past) { Ok(()) } else { Err(keys) }
         })
         .await;

@@ -53,18 +53,19 @@ async fn a_drones_wall_clock_that_is_set_by_hours_and_years_while_it_runs_change
     let mut arena = Arena::of(Cluster::builder().drone_clock_file(0, &file), CALM, 3).await;
     let all = arena.settle().await;
     assert!(all.iter().any(|held| held.drone == 0), "the drone holds a key: {all:?}");
-    for (offset, days) in [("+3600", 0), ("-7200", 0), ("+3650d", 3650), ("-3650d", -3650), ("+0", 0)] {
+    for (offset, days) in [("+3600", 0), ("-7200", 0), ("+3650d", 3650), ("-3650d", -3650)] {
         set(&file, offset);
         arena.undisturbed(&format!("drone's wall clock set to {offset}"), &all).await;
-        // It did see the other clock: its log is dated by it, at the latest with the next line. A reconnection makes one.
+        // It did see the other clock: its log is dated by it. A lost session makes a line.
         if days != 0 {
             arena.cluster.links[0].cut();
-            arena.cluster.links[0].heal();
             let shown = format!("{}-", year(days));
             wait_until(&format!("the log shows {shown}"), LONG, async || {
                 if arena.cluster.drones[0].log().contains(&shown) { Ok(()) } else { Err(()) }
             })
             .await;
+            arena.cluster.links[0].heal();
+            arena.cluster.wait_drone(0).await;
         }
     }
     let held = all.into_iter().find(|held| held.drone == 0).unwrap();

@@ -1,6 +1,6 @@
 //! Drones that are cut off, and leaders that are gone.
 
-use crate::arena::{Arena, CALM};
+use crate::arena::{Arena, CALM, CALMER};
 use holdfast_tests::harness::{Cluster, LONG, boot_ms, wait_until};
 use nix::sys::signal::Signal;
 
@@ -29,7 +29,7 @@ async fn nothing_of_a_backend_outlives_its_deadline_when_its_drone_is_cut_off() 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn leaders_that_die_or_sleep_cost_no_key_and_with_all_controllers_gone_backends_end_in_time() {
+async fn leaders_that_die_cost_no_key_and_with_all_controllers_gone_backends_end_in_time() {
     let mut arena = Arena::of(Cluster::builder(), CALM, 3).await;
 
     let all = arena.settle().await;
@@ -45,15 +45,6 @@ async fn leaders_that_die_or_sleep_cost_no_key_and_with_all_controllers_gone_bac
     arena.undisturbed("leader killed", &all).await;
     arena.cluster.restart_controller(leader);
     arena.cluster.wait_controller(leader).await;
-
-    let all = arena.settle().await;
-    let leader = arena.cluster.leader().await;
-    arena.cluster.controllers[leader].signal(Signal::SIGSTOP);
-    arena.cluster.leader_other_than(leader).await;
-    arena.undisturbed("leader stopped for longer than the lease", &all).await;
-    arena.cluster.controllers[leader].signal(Signal::SIGCONT);
-    arena.cluster.wait_controller(leader).await;
-    arena.undisturbed("… and continued", &all).await;
 
     let held = arena.settle().await.remove(0);
     let at = boot_ms();
@@ -80,6 +71,20 @@ async fn leaders_that_die_or_sleep_cost_no_key_and_with_all_controllers_gone_bac
         arena.cluster.restart_controller(index);
     }
     arena.taken_over("all controllers killed for longer than the lease", &held, Some(deadline), at).await;
+    arena.settle().await;
+    arena.finish();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_that_is_stopped_for_longer_than_the_lease_costs_no_key_and_wakes_as_nobody() {
+    let mut arena = Arena::of(Cluster::builder(), CALMER, 3).await;
+    let all = arena.settle().await;
+    let leader = arena.cluster.leader().await;
+    arena.cluster.controllers[leader].signal(Signal::SIGSTOP);
+    arena.cluster.leader_other_than(leader).await;
+    arena.undisturbed("leader stopped for longer than the lease", &all).await;
+    arena.cluster.controllers[leader].signal(Signal::SIGCONT);
+    arena.cluster.wait_controller(leader).await;
     arena.settle().await;
     arena.finish();
 }

@@ -18,7 +18,7 @@ use tokio::time::sleep;
 /// Chooses the run; without it a random one is made.
 const SEED_ENV: &str = "HOLDFAST_TEST_SEED";
 /// Faults of the run in `make test`.
-const SHORT_RUN: Duration = Duration::from_secs(25);
+const SHORT_RUN: Duration = Duration::from_secs(20);
 /// Faults of the run in `make soak`.
 const LONG_RUN: Duration = Duration::from_secs(600);
 /// Keys.
