@@ -5,6 +5,7 @@ use crate::http::args::Consistency;
 use crate::http::error::Failure;
 use crate::hub::Hub;
 use crate::schedule::DroneCache;
+use crate::session::drift::Drifts;
 use crate::session::registry::Registry;
 use crate::session::{heartbeats, together};
 use holdfast_core::command::{Command, HeartbeatItem, Idempotency, Proposal};
@@ -44,6 +45,8 @@ pub struct Shared {
     pub drones: DroneCache,
     /// Drone sockets of this controller.
     pub sessions: Registry,
+    /// How far off the drones' clocks are.
+    pub drifts: Drifts,
     /// To the batcher.
     pub heartbeats: mpsc::Sender<HeartbeatItem>,
     /// To the batcher of the sessions' other commands.
@@ -113,6 +116,7 @@ impl App {
             hub: Arc::new(Hub::default()),
             drones: DroneCache::default(),
             sessions: Registry::default(),
+            drifts: Drifts::default(),
             heartbeats,
             together,
             stopping,

@@ -44,9 +44,17 @@ pub fn secret() -> String {
     random("", SECRET_LETTERS)
 }
 
+/// What sessions' names begin with.
+const SESSION: &str = "se-";
+
 /// Names one session of a drone, or one incarnation of a drone that gives none.
 pub fn session() -> String {
-    random("se-", KEY_LETTERS)
+    random(SESSION, KEY_LETTERS)
+}
+
+/// Whether an incarnation was made by [`session`], for a drone that gave none.
+pub fn is_session(incarnation: &str) -> bool {
+    incarnation.starts_with(SESSION)
 }
 
 #[cfg(test)]

@@ -14,9 +14,12 @@
 //! 2. Only what a cluster started is ever killed.
 //! 3. Nothing waits for a fixed time: every wait is for something that can be looked at, has a limit, and says what it saw
 //!    last when that is over.
-//! 4. Two backends of one key that overlap for a moment are seen: each locks a file of its key for its life.
+//! 4. Two backends of one key that overlap for a moment are seen: each locks a file of its key for its life. Where
+//!    faults are made, [`checker`] also watches the process table and a resource that checks tokens.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that panics has found something")]
 
+pub mod checker;
+pub mod fleet;
 pub mod harness;
 pub mod load;
 pub mod power;

@@ -1,6 +1,7 @@
 //! GET `/metrics`, in Prometheus' text format. Each area adds its own function that writes into [`Text`].
 
 use crate::app::App;
+use crate::session::drift::Drifts;
 use axum::extract::State;
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
@@ -121,10 +122,30 @@ pub fn store(text: &mut Text, of: &StoreMetrics) {
     );
 }
 
+/// The drones' clocks.
+pub fn clocks(text: &mut Text, of: &Drifts) {
+    let (worst, faults) = of.worst();
+    let name = "holdfast_drone_clock_rate_error_ppm";
+    text.head(
+        name,
+        "gauge",
+        "Millionths by which a drone's clock runs faster than this controller's; the worst ones.",
+    );
+    for (drone, ppm) in worst {
+        text.sample(name, &[("drone", &drone)], ppm);
+    }
+    text.counter(
+        "holdfast_drone_clock_faults_total",
+        "How often a drone's clock was found to run at a rate that leases don't allow for.",
+        faults,
+    );
+}
+
 /// GET `/metrics`.
 pub async fn metrics(State(app): State<App>) -> Text {
     let mut text = Text::default();
     store(&mut text, &app.store.metrics());
+    clocks(&mut text, &app.drifts);
     text
 }
 

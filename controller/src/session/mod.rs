@@ -20,6 +20,7 @@
 //! 5. A spawn goes only to the incarnation for which it was made.
 
 pub mod actions;
+pub mod drift;
 pub mod frames;
 pub mod heartbeats;
 mod jobs;

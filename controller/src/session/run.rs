@@ -1,6 +1,7 @@
 //! The loop of one session.
 
 use super::actions::{self, ACTIONS_AT_ONCE_MAX, Tracker};
+use super::drift::Measured;
 use super::frames::{self, Frame};
 use super::jobs::{self, Done};
 use super::outbox::Outbox;
@@ -64,6 +65,9 @@ pub struct Session {
     watch: Watch,
     /// When the drone last said anything.
     heard: Instant,
+    began: Instant,
+    /// How fast its clock runs.
+    measured: Measured,
     probes: Vec<Probe>,
     renewals: renewals::Queue,
     renewing: usize,
@@ -97,6 +101,8 @@ impl Session {
         place: Place,
         watch: Watch,
     ) -> Self {
+        let name = app.store.local().view.drone(drone_id).ok().flatten().map(|drone| drone.name);
+        let measured = app.drifts.enter(&session, &name.unwrap_or_else(|| drone_id.to_string()));
         Self {
             app,
             outbox,
@@ -106,6 +112,8 @@ impl Session {
             place,
             watch,
             heard: Instant::now(),
+            began: Instant::now(),
+            measured,
             probes: Vec::new(),
             renewals: renewals::Queue::default(),
             renewing: 0,
@@ -195,6 +203,8 @@ impl Session {
     fn message(&mut self, message: MessageFromDrone) {
         match message {
             MessageFromDrone::Heartbeat(heartbeat) => {
+                let mine_ms = i64::try_from(self.heard.duration_since(self.began).as_millis());
+                self.measured.heartbeat(heartbeat.local_time, mine_ms.unwrap_or(i64::MAX));
                 let item = HeartbeatItem {
                     drone_id: self.drone_id,
                     session: self.session.clone(),
@@ -365,7 +375,8 @@ impl Session {
         outcomes: &[holdfast_core::outcome::RenewOutcome],
         lease: &LeaseConfig,
     ) -> Result<(), End> {
-        let answers = renewals::answers(requests, outcomes, lease, Instant::now());
+        let lease = self.measured.drift.lease(*lease);
+        let answers = renewals::answers(requests, outcomes, &lease, Instant::now());
         for message in &answers.messages {
             self.send(message)?;
         }

@@ -75,7 +75,8 @@ async fn handshake(stream: &mut SplitStream<WebSocket>) -> Result<DroneHandshake
 /// What the state says of the name's earlier session, seen from the controller that registers a new one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Earlier {
-    /// No such drone yet, or the same incarnation, which reconnects.
+    /// No such drone yet, or the same incarnation, which reconnects. Or both are drones of Plane's, which give none: one of
+    /// those reconnects while its old socket is open and answers pings, and closes that only when it has the new one.
     Own,
     /// Another incarnation's session, here.
     Here,
@@ -87,6 +88,7 @@ fn earlier(drone: Option<&DroneRecord>, incarnation: &str, controller: u64) -> E
     match drone {
         None => Earlier::Own,
         Some(drone) if drone.incarnation == incarnation => Earlier::Own,
+        Some(drone) if ids::is_session(&drone.incarnation) && ids::is_session(incarnation) => Earlier::Own,
         Some(drone) if drone.controller == controller => Earlier::Here,
         Some(_) => Earlier::Elsewhere,
     }
@@ -293,13 +295,12 @@ mod tests {
         assert!(read("{").unwrap_err().starts_with("not a handshake"));
     }
 
-    #[test]
-    fn only_another_incarnation_elsewhere_is_left_to_its_heartbeats() {
-        let drone = DroneRecord {
+    fn drone(incarnation: &str) -> DroneRecord {
+        DroneRecord {
             cluster: "c".into(),
             name: "dr-a".into(),
             pool: String::new(),
-            incarnation: "one".into(),
+            incarnation: incarnation.into(),
             session: "s".into(),
             controller: 1,
             version: String::new(),
@@ -310,10 +311,25 @@ mod tests {
             heartbeat: None,
             drain_deadline_ms: None,
             leaving: false,
-        };
+        }
+    }
+
+    #[test]
+    fn only_another_incarnation_elsewhere_is_left_to_its_heartbeats() {
+        let drone = drone("one");
         assert_eq!(earlier(None, "one", 1), Earlier::Own);
         assert_eq!(earlier(Some(&drone), "one", 2), Earlier::Own);
         assert_eq!(earlier(Some(&drone), "two", 1), Earlier::Here);
         assert_eq!(earlier(Some(&drone), "two", 2), Earlier::Elsewhere);
+    }
+
+    #[test]
+    fn a_drone_of_planes_takes_over_from_another_of_planes_and_from_no_other() {
+        let (old, new) = (ids::session(), ids::session());
+        for controller in [1, 2] {
+            assert_eq!(earlier(Some(&drone(&old)), &new, controller), Earlier::Own);
+            assert_ne!(earlier(Some(&drone("one")), &new, controller), Earlier::Own);
+            assert_ne!(earlier(Some(&drone(&old)), "two", controller), Earlier::Own);
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! The figures of the closing note: connects per second and their latency, and how long a killed leader is missed.
 //!
 //! ```text
-//!   figures [--runs 20] [--seconds 5] [--election-timeout 500ms] [--json FILE]
+//!   figures [--runs 20] [--seconds 5] [--election-timeout 200ms] [--json FILE]
 //! ```
 //!
 //! Real controllers with their write-ahead logs synced as always, on one machine with the load generator; the drones are
@@ -44,7 +44,7 @@ struct Options {
 }
 
 fn options() -> Result<Options, String> {
-    let mut options = Options { runs: 20, seconds: 5, election_timeout: "500ms".to_owned(), json: None };
+    let mut options = Options { runs: 20, seconds: 5, election_timeout: "200ms".to_owned(), json: None };
     let mut args = std::env::args().skip(1);
     while let Some(flag) = args.next() {
         let mut value = || args.next().ok_or_else(|| format!("{flag} needs a value"));

@@ -123,6 +123,8 @@ pub enum EventKind {
     Stop,
     /// Another instance of its key was alive when it began.
     Overlap,
+    /// It lives; written again and again by one that was told `ALIVE_EVERY_MS`.
+    Alive,
 }
 
 /// A line of the journal.
@@ -140,6 +142,8 @@ pub struct Event {
     pub instance: String,
     /// `CLOCK_BOOTTIME`, in milliseconds.
     pub boot_ms: u64,
+    /// The file that the instance locks: of its key, namespace and name.
+    pub lock: String,
 }
 
 /// The file to which all backends of a cluster write.
@@ -191,6 +195,22 @@ impl Journal {
                 assert!(event.token > before, "token {} after {before} in {events:#?}", event.token);
             }
         }
+        // The lines are in the order in which they happened: each was written under the file's lock, with its time read
+        // under that lock. From the start of an instance on no other one of its key writes anything.
+        let mut newest: BTreeMap<(&str, &str), &Event> = BTreeMap::new();
+        for event in &events {
+            let key = (event.lock.as_str(), event.key.as_str());
+            if event.kind == EventKind::Start {
+                newest.insert(key, event);
+            }
+            let start = newest.get(&key).copied();
+            assert!(
+                start.is_some_and(|start| start.instance == event.instance),
+                "{event:?} was written after {start:?}"
+            );
+        }
+        let backwards = events.windows(2).find(|pair| pair[1].boot_ms < pair[0].boot_ms);
+        assert!(backwards.is_none(), "the record's clock went back: {backwards:?}");
     }
 }
 
@@ -201,10 +221,12 @@ fn parse(line: &str) -> Option<Event> {
         "term" => EventKind::Term,
         "stop" => EventKind::Stop,
         "OVERLAP" => EventKind::Overlap,
+        "alive" => EventKind::Alive,
         _ => return None,
     };
     let key = words.next()?.to_owned();
     let token = words.next()?.parse().ok()?;
     let (backend, instance) = (words.next()?.to_owned(), words.next()?.to_owned());
-    Some(Event { kind, key, token, backend, instance, boot_ms: words.next()?.parse().ok()? })
+    let boot_ms = words.next()?.parse().ok()?;
+    Some(Event { kind, key, token, backend, instance, boot_ms, lock: words.next()?.to_owned() })
 }

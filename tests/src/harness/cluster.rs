@@ -2,7 +2,7 @@
 
 use super::backend::{Journal, TestBackend};
 use super::http::Http;
-use super::plan::{Clock, ClusterBuilder};
+use super::plan::{Clock, ClusterBuilder, Who};
 use super::ports::PortBlock;
 use super::process::{Process, binary, kill_writers_below, libfaketime, target_tmp};
 use super::proxy::ProxySet;
@@ -117,11 +117,16 @@ impl Cluster {
             let log = path(format!("{label}.log"));
             drones.push(Process::new(label, drone.clone(), flags, log));
         }
-        for clock in &plan.clocks {
+        for (who, clock) in &plan.clocks {
             let library = libfaketime().expect("libfaketime, which the test must look for first");
+            let process = match who {
+                Who::Controller(index) => &mut controllers[*index],
+                Who::Drone(index) => &mut drones[*index],
+            };
             match clock {
-                Clock::Controller(index, offset) => controllers[*index].set_wall_clock(&library, offset),
-                Clock::Drone(index, offset) => drones[*index].set_wall_clock(&library, offset),
+                Clock::Offset(offset) => process.set_wall_clock(&library, offset),
+                Clock::Rate(rate) => process.set_clock_rate(&library, rate),
+                Clock::File(file) => process.set_wall_clock_file(&library, file),
             }
         }
         for (index, data_dir, env) in &plan.disks {

@@ -8,11 +8,22 @@ use std::time::Duration;
 /// Default lease of a test: a key expires within seconds, and a busy machine still renews in time.
 const LEASE_DEFAULT: &str = "renew=1s,soft=2500ms,hard=3500ms,expiry=5s";
 
-/// A process of a wrong wall clock.
+/// What is wrong with a clock.
 #[derive(Debug, Clone)]
 pub(super) enum Clock {
-    Controller(usize, String),
-    Drone(usize, String),
+    /// The wall clock is off by this.
+    Offset(String),
+    /// All clocks run at this rate.
+    Rate(String),
+    /// The wall clock is off by what this file says.
+    File(PathBuf),
+}
+
+/// Whose clock is wrong.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Who {
+    Controller(usize),
+    Drone(usize),
 }
 
 /// Index of a controller, its data directory and what is added to its environment.
@@ -27,7 +38,7 @@ pub struct ClusterBuilder {
     pub(super) election_timeout: String,
     pub(super) proxied_drones: bool,
     pub(super) default_cluster: bool,
-    pub(super) clocks: Vec<Clock>,
+    pub(super) clocks: Vec<(Who, Clock)>,
     pub(super) controller_flags: Vec<(String, String)>,
     pub(super) disks: Vec<ControllerDisk>,
     pub(super) patience: Duration,
@@ -110,14 +121,35 @@ impl ClusterBuilder {
     /// Moves a controller's wall clock (`+3650d`); needs libfaketime.
     #[must_use]
     pub fn controller_clock(mut self, index: usize, offset: &str) -> Self {
-        self.clocks.push(Clock::Controller(index, offset.to_owned()));
+        self.clocks.push((Who::Controller(index), Clock::Offset(offset.to_owned())));
         self
     }
 
     /// Moves a drone's wall clock.
     #[must_use]
     pub fn drone_clock(mut self, index: usize, offset: &str) -> Self {
-        self.clocks.push(Clock::Drone(index, offset.to_owned()));
+        self.clocks.push((Who::Drone(index), Clock::Offset(offset.to_owned())));
+        self
+    }
+
+    /// Lets all clocks of a controller run at another rate (`1.05`).
+    #[must_use]
+    pub fn controller_rate(mut self, index: usize, rate: &str) -> Self {
+        self.clocks.push((Who::Controller(index), Clock::Rate(rate.to_owned())));
+        self
+    }
+
+    /// Lets all clocks of a drone, and of its guards, run at another rate.
+    #[must_use]
+    pub fn drone_rate(mut self, index: usize, rate: &str) -> Self {
+        self.clocks.push((Who::Drone(index), Clock::Rate(rate.to_owned())));
+        self
+    }
+
+    /// Lets a drone's wall clock follow a file that the test writes.
+    #[must_use]
+    pub fn drone_clock_file(mut self, index: usize, file: &Path) -> Self {
+        self.clocks.push((Who::Drone(index), Clock::File(file.to_owned())));
         self
     }
 

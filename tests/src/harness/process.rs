@@ -120,6 +120,22 @@ impl Process {
         self.set_env("FAKETIME_DONT_RESET", "1");
     }
 
+    /// Lets all its clocks run at another rate from the next start on (`1.05`), `CLOCK_BOOTTIME` and its guards' too.
+    pub fn set_clock_rate(&mut self, library: &Path, rate: &str) {
+        self.set_env("LD_PRELOAD", &library.display().to_string());
+        self.set_env("FAKETIME", &format!("+0 x{rate}"));
+        self.set_env("FAKETIME_DONT_RESET", "1");
+    }
+
+    /// Lets its wall clock, and that alone, follow what a file says (`+3600`, `-2y`) while it runs, from the next start on.
+    pub fn set_wall_clock_file(&mut self, library: &Path, file: &Path) {
+        self.set_env("LD_PRELOAD", &library.display().to_string());
+        self.set_env("FAKETIME_TIMESTAMP_FILE", &file.display().to_string());
+        self.set_env("FAKETIME_NO_CACHE", "1");
+        self.set_env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+        self.set_env("FAKETIME_DONT_RESET", "1");
+    }
+
     /// Starts it.
     pub fn start(&mut self) {
         assert!(self.child.is_none(), "{} runs already", self.label);
