@@ -9,7 +9,8 @@
 //!                    └────────────────────────────────────────────────────────────────────┘
 //! ```
 //!
-//! [`agent`] owns all state and asks the pure parts; [`session`] and [`runtime`] are thin IO around it.
+//! [`agent`] owns all state and asks the pure parts; [`session`] and [`runtime`] are thin IO around it. A backend outlives
+//! its drone: the next one finds it by its [`journal`] and [adopts](adopt) it through its guard.
 //!
 //! Invariants (numbers in brackets are those of the design):
 //!
@@ -19,10 +20,12 @@
 //! 2. Deadlines come from the moment a request was *made*, never from when its answer came; they never go back (1, 4).
 //! 3. A backend id is started at most once, and not after its `soft_terminate_at`, and not by deadlines of an earlier
 //!    process's time (1).
-//! 4. `terminated` is reported only when nothing of the backend is left, since it frees the key at once (1); so never for
-//!    a backend that an earlier process may have started, whose guard may still run it.
+//! 4. `terminated` is reported only when nothing of the backend is left, since it frees the key at once (1); so of a
+//!    backend that an earlier process has started only when its guard says so, or was killed with all that it held.
 //! 5. Every state is reported in order and again until it is acknowledged.
 //! 6. Every queue, log, map and wait has a named bound (7).
+//! 7. Before a guard is started its backend is durably in the journal. Before a drone starts anything, what earlier ones
+//!    left is known: adopted, reported, or ended (1).
 
 pub mod activity;
 pub mod admission;

@@ -580,6 +580,32 @@ async fn a_stopped_drone_does_not_keep_its_backends_alive() {
 }
 
 #[tokio::test]
+async fn a_backend_that_ended_under_a_stopped_guard_does_not_keep_its_key() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("skipped: only root can make PID namespaces");
+        return;
+    }
+    let mut fake = Fake::start(lease(500, 1_500, 2_500)).await;
+    let dir = tempfile::tempdir().unwrap();
+    let drone = Drone::start(&fake.url, dir.path());
+    let mut conn = fake.conn().await;
+    let backend = "ba-guard-stopped";
+    conn.waiting(backend, STUBBORN).await;
+    drone.wrote(backend, "up").await;
+    let [guard] = drone.guards()[..] else { panic!("one guard: {:?}", drone.guards()) };
+    nix::sys::signal::kill(guard, Signal::SIGSTOP).unwrap();
+    // Its key is renewed all the time, but the guard does not hear of it: the namespace's init ends the backend.
+    conn.expect(backend, BackendStatus::Terminated).await;
+    assert_eq!(alive(backend), 0);
+    soon("the key is let go of", async {
+        while drone.guards().contains(&guard) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_guard_that_does_not_do_its_work_is_killed() {
     if !nix::unistd::geteuid().is_root() {
         eprintln!("skipped: only root can make PID namespaces");

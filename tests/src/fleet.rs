@@ -200,6 +200,8 @@ impl Drone {
             MessageToDrone::AckEvent { event_id } => {
                 self.unacked.remove(&event_id);
             }
+            // It says neither.
+            MessageToDrone::AckDraining {} | MessageToDrone::AckActivity { .. } => {}
             MessageToDrone::RenewKeysResponse(response) => {
                 let now_ms = self.clock.now_ms();
                 for key in response.keys {

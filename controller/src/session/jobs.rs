@@ -136,5 +136,5 @@ pub fn acknowledge(app: App, drone_id: i32, action_ids: Vec<String>) -> BoxFutur
 
 /// Records a word of the drone. Repeating is harmless: it is numbered, or the same each time.
 pub fn record(app: App, command: FromDrone, message: MessageToDrone) -> BoxFuture<'static, Done> {
-    async move { Done::Recorded { message, answer: patiently(&app, command, None).await } }.boxed()
+    async move { Done::Recorded { message, answer: patiently(&app, || command.clone(), None).await } }.boxed()
 }

@@ -131,6 +131,8 @@ pub(super) struct Watcher<'a> {
     pub(super) backend: &'a str,
     pub(super) facts: &'a mpsc::Sender<Fact>,
     contained: Contained,
+    /// The namespace's init, for its end.
+    init: Option<AsyncFd<OwnedFd>>,
     /// The backend's main process.
     main_pid: Option<i32>,
     /// Its guard is an earlier drone's.
@@ -146,7 +148,17 @@ impl<'a> Watcher<'a> {
         facts: &'a mpsc::Sender<Fact>,
     ) -> Self {
         let contained = Contained::Unknown;
-        Self { clock, family, backend, facts, contained, main_pid: None, adopted: false, gone: false }
+        Self {
+            clock,
+            family,
+            backend,
+            facts,
+            contained,
+            init: None,
+            main_pid: None,
+            adopted: false,
+            gone: false,
+        }
     }
 
     /// Watches until nothing is left.
@@ -161,6 +173,8 @@ impl<'a> Watcher<'a> {
             // The sender's end does not make the backend end: its guard goes on without us.
             let mut wants_open = true;
             let mut impatient = false;
+            // Nothing of the backend is left, as its namespace shows; the guard has still to say so.
+            let mut over = false;
             let out_of_patience = tokio::time::sleep(patience(told.kill_ms));
             tokio::pin!(out_of_patience);
             loop {
@@ -173,7 +187,13 @@ impl<'a> Watcher<'a> {
                 }
                 let killing = told.end == Some(TerminationKind::Hard);
                 tokio::select! {
-                    () = &mut out_of_patience, if killing && !impatient => {
+                    () = namespace_ended(self.init.as_ref()), if !over => {
+                        over = true;
+                        if !killing {
+                            out_of_patience.as_mut().reset(tokio::time::Instant::now() + patience(told.kill_ms));
+                        }
+                    }
+                    () = &mut out_of_patience, if (killing || over) && !impatient => {
                         impatient = true;
                         warn!(backend = self.backend, "the guard does not finish; killing it");
                         self.kill(&mut process);
@@ -243,6 +263,15 @@ impl<'a> Watcher<'a> {
             }
             Report::Contained { init_pid } => {
                 self.contained = Contained::in_namespace(*init_pid, pidfd(*init_pid));
+                if let Contained::Namespace(_, handle) = &self.contained {
+                    // SAFETY: an OwnedFd is the same open descriptor until it is dropped.
+                    let init = handle.try_clone().and_then(|fd| unsafe {
+                        AsyncFd::register_with_interest(fd, Interest::READABLE).map_err(Into::into)
+                    });
+                    // Without it a guard that is stopped keeps its key, and nothing worse.
+                    self.init =
+                        init.inspect_err(|e| warn!(backend, "the namespace's end is not seen: {e}")).ok();
+                }
             }
             Report::Uncontained { problem } => {
                 warn!(backend, "{problem}: the backend's descendants are watched one by one instead");
@@ -332,6 +361,14 @@ impl<'a> Watcher<'a> {
             }
             tokio::time::sleep(HUNT_INTERVAL).await;
         }
+    }
+}
+
+/// Waits until a namespace's init has ended, and with it all that was in the namespace; for ever if there is none.
+async fn namespace_ended(init: Option<&AsyncFd<OwnedFd>>) {
+    match init {
+        Some(init) if init.readable().await.is_ok() => {}
+        _ => std::future::pending().await,
     }
 }
 
