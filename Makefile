@@ -2,7 +2,7 @@
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test build lint figures rolling bench bench-million soak soak-elections clean
+.PHONY: help demo test build lint figures figures-drone rolling bench bench-million soak soak-elections clean
 .PHONY: prerequisites prerequisites-test prerequisites-bench
 
 help: ## this list
@@ -41,6 +41,9 @@ bench-million: build ## a million held keys on 1,000 drones for ten minutes, int
 
 soak-elections: build ## full load for an hour: elections and pauses that nobody asked for
 	target/release/bench elections $(BENCH_FLAGS)
+
+figures-drone: build ## connect to ready and its parts, memory of guards, CPU of a drone with 1,000 backends, measured here
+	target/release/drone-figures
 
 rolling: build ## how long clients pause while each controller is restarted under load, measured here
 	target/release/rolling

@@ -216,9 +216,10 @@ impl Tracker {
                 new
             }
         };
-        watched.open = seen.open;
+        let was_open = std::mem::replace(&mut watched.open, seen.open) > 0;
         let active_ms = match seen.closed_ago_ms {
-            _ if seen.open > 0 => Some(now_ms),
+            // It was closed at some time since the look before; rather a look's time too late than too early.
+            _ if seen.open > 0 || was_open => Some(now_ms),
             // One that ended before the watch began was of the port's earlier user, or of the drone's own question
             // whether the backend is ready.
             Some(ago_ms) => now_ms.checked_sub(ago_ms).filter(|at_ms| *at_ms > watched.first_seen_ms),
@@ -410,8 +411,11 @@ mod tests {
         tracker.seen("b", 7, seen(1, None), 18_500);
         tracker.seen("b", 7, seen(0, None), 20_400);
         assert_eq!(tracker.message(20_400), None);
-        tracker.seen("b", 7, seen(0, None), 20_500);
-        assert_eq!(said(tracker.message(20_500)), Some((3, 0, 2_000)));
+        // It ended at some time since 18.5 s; the look that missed it counts.
+        tracker.seen("b", 7, seen(0, None), 22_300);
+        assert_eq!(tracker.message(22_300), None);
+        tracker.seen("b", 7, seen(0, None), 22_400);
+        assert_eq!(said(tracker.message(22_400)), Some((3, 0, 2_000)));
     }
 
     #[test]

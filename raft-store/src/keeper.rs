@@ -32,6 +32,7 @@ const PROPOSE_DEADLINE: Duration = Duration::from_secs(2);
 /// Runs until the replica stops.
 pub async fn run(inner: Arc<Inner>) {
     let mut effects = inner.effects.subscribe();
+    let mut applied = inner.applied.clone();
     let mut last_applied = (0, boot_ms());
     let mut snapshot = (0, 0);
     loop {
@@ -45,6 +46,10 @@ pub async fn run(inner: Arc<Inner>) {
             () = tokio::time::sleep(LOOK_EVERY) => {}
             effect = effects.recv(), if !inner.formed.load(Ordering::Acquire) => {
                 if matches!(effect, Err(RecvError::Closed)) { return }
+            }
+            // A ban is lifted as soon as it may be: members that are all killed under one would wait for each other.
+            changed = applied.changed(), if inner.directory.rejoin.is_waiting() => {
+                if changed.is_err() { return }
             }
             () = inner.cancel.cancelled() => return,
         }

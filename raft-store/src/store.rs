@@ -213,7 +213,9 @@ impl Store {
         inspect::check_ends(&log, &state, &snapshots)
             .map_err(|e| storage("comparing log and state", &dir)(e.to_string()))?;
         let rejoin = Arc::new(
-            Rejoin::open(&dir).map_err(|e| storage("reading the data directory", &dir)(e.to_string()))?,
+            // The first entry is a member's own, before it has heard of anybody.
+            Rejoin::open(&dir, log.ends().1.is_some_and(|last| last.index > 0))
+                .map_err(|e| storage("reading the data directory", &dir)(e.to_string()))?,
         );
         let listener = TcpListener::bind(config.peer_listen)
             .await

@@ -19,7 +19,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncWrite, AsyncWriteExt, BufReader, Interest};
 use tokio::process::Child;
 use tokio::sync::{mpsc, watch};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 /// How often the remains of a backend whose guard was killed are looked for, where nothing tells of their end.
 pub(super) const HUNT_INTERVAL: Duration = Duration::from_millis(50);
@@ -131,8 +131,10 @@ pub(super) struct Watcher<'a> {
     pub(super) backend: &'a str,
     pub(super) facts: &'a mpsc::Sender<Fact>,
     contained: Contained,
-    /// The namespace's init, for its end.
-    init: Option<AsyncFd<OwnedFd>>,
+    /// The main process, for its end.
+    main: Option<AsyncFd<OwnedFd>>,
+    /// The guard has said that it has ended.
+    exited: bool,
     /// The backend's main process.
     main_pid: Option<i32>,
     /// Its guard is an earlier drone's.
@@ -154,7 +156,8 @@ impl<'a> Watcher<'a> {
             backend,
             facts,
             contained,
-            init: None,
+            main: None,
+            exited: false,
             main_pid: None,
             adopted: false,
             gone: false,
@@ -173,7 +176,8 @@ impl<'a> Watcher<'a> {
             // The sender's end does not make the backend end: its guard goes on without us.
             let mut wants_open = true;
             let mut impatient = false;
-            // Nothing of the backend is left, as its namespace shows; the guard has still to say so.
+            // The main process has ended; the guard has still to say so. One that is stopped reaps nobody, and so keeps even
+            // the namespace's init from ending.
             let mut over = false;
             let out_of_patience = tokio::time::sleep(patience(told.kill_ms));
             tokio::pin!(out_of_patience);
@@ -187,13 +191,13 @@ impl<'a> Watcher<'a> {
                 }
                 let killing = told.end == Some(TerminationKind::Hard);
                 tokio::select! {
-                    () = namespace_ended(self.init.as_ref()), if !over => {
+                    () = ended(self.main.as_ref()), if !over => {
                         over = true;
                         if !killing {
                             out_of_patience.as_mut().reset(tokio::time::Instant::now() + patience(told.kill_ms));
                         }
                     }
-                    () = &mut out_of_patience, if (killing || over) && !impatient => {
+                    () = &mut out_of_patience, if (killing || (over && !self.exited)) && !impatient => {
                         impatient = true;
                         warn!(backend = self.backend, "the guard does not finish; killing it");
                         self.kill(&mut process);
@@ -263,15 +267,6 @@ impl<'a> Watcher<'a> {
             }
             Report::Contained { init_pid } => {
                 self.contained = Contained::in_namespace(*init_pid, pidfd(*init_pid));
-                if let Contained::Namespace(_, handle) = &self.contained {
-                    // SAFETY: an OwnedFd is the same open descriptor until it is dropped.
-                    let init = handle.try_clone().and_then(|fd| unsafe {
-                        AsyncFd::register_with_interest(fd, Interest::READABLE).map_err(Into::into)
-                    });
-                    // Without it a guard that is stopped keeps its key, and nothing worse.
-                    self.init =
-                        init.inspect_err(|e| warn!(backend, "the namespace's end is not seen: {e}")).ok();
-                }
             }
             Report::Uncontained { problem } => {
                 warn!(backend, "{problem}: the backend's descendants are watched one by one instead");
@@ -280,9 +275,18 @@ impl<'a> Watcher<'a> {
             Report::Started { pid } => {
                 info!(backend, pid, "started");
                 self.main_pid = Some(*pid);
+                // SAFETY: an OwnedFd is the same open descriptor until it is dropped.
+                let main = pidfd(*pid).and_then(|fd| unsafe {
+                    AsyncFd::register_with_interest(fd, Interest::READABLE).map_err(Into::into)
+                });
+                // Without it a guard that is stopped keeps its key, and nothing worse.
+                self.main = main.inspect_err(|e| debug!(backend, "its end is not seen: {e}")).ok();
             }
             Report::NotStarted { late, problem } => warn!(backend, late, "not started: {problem}"),
-            Report::Exited { code, signal } => info!(backend, code, signal, "the main process has ended"),
+            Report::Exited { code, signal } => {
+                info!(backend, code, signal, "the main process has ended");
+                self.exited = true;
+            }
             Report::SoftDeadline | Report::Killing => {}
             Report::Gone => self.gone = true,
         }
@@ -364,10 +368,10 @@ impl<'a> Watcher<'a> {
     }
 }
 
-/// Waits until a namespace's init has ended, and with it all that was in the namespace; for ever if there is none.
-async fn namespace_ended(init: Option<&AsyncFd<OwnedFd>>) {
-    match init {
-        Some(init) if init.readable().await.is_ok() => {}
+/// Waits until a process has ended; for ever if there is none.
+async fn ended(process: Option<&AsyncFd<OwnedFd>>) {
+    match process {
+        Some(process) if process.readable().await.is_ok() => {}
         _ => std::future::pending().await,
     }
 }

@@ -211,7 +211,7 @@ mod tests {
         let formed = format!("{BACKUP}00ff");
         let other = "restored-ffffffffffffffff-";
         let directory = |id: Option<&str>, dir: &std::path::Path| {
-            let rejoin = Arc::new(Rejoin::open(dir).unwrap());
+            let rejoin = Arc::new(Rejoin::open(dir, false).unwrap());
             let directory = Directory::new(1, "http://a".into(), rejoin);
             *directory.cluster_id.lock().unwrap() = id.map(str::to_owned);
             directory
