@@ -119,7 +119,9 @@ fn raft_config(config: &StoreConfig) -> Result<Config, OpenError> {
     let timeout = config.election_timeout_ms;
     let raft = Config {
         cluster_name: "holdfast".into(),
-        election_timeout_min: timeout * 4 / 5,
+        // Counted from the end of the leader's lease, which is the maximum: so nobody stands within 160 % of the time-out. A
+        // wide range, since two that stand within a round trip and a sync of each other both fail.
+        election_timeout_min: timeout * 2 / 5,
         election_timeout_max: timeout * 6 / 5,
         heartbeat_interval: (timeout / 4).max(1),
         max_payload_entries: 1024,

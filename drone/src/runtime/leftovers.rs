@@ -6,6 +6,7 @@
 use super::ENV_BACKEND_ID;
 use super::watcher::{HUNT_EMPTY_LOOKS, HUNT_INTERVAL};
 use crate::data_dir::BackendsDir;
+use crate::ports::between_trials;
 use crate::processes::{self, Process};
 use nix::sys::prctl;
 use nix::sys::signal::{Signal, kill};
@@ -55,7 +56,7 @@ impl Family {
     /// Starts a guard.
     pub(super) fn spawn(&self, command: &mut Command) -> io::Result<(Child, KnownGuard)> {
         let mut known = self.known();
-        let child = command.spawn()?;
+        let child = between_trials(|| command.spawn())?;
         let pid = child.id().and_then(|pid| i32::try_from(pid).ok());
         known.extend(pid);
         drop(known);

@@ -7,6 +7,7 @@ use super::ports::PortBlock;
 use super::process::{Process, binary, kill_writers_below, libfaketime, target_tmp};
 use super::proxy::ProxySet;
 use super::wait::{LONG, SHORT, wait_until};
+use futures::stream::{FuturesUnordered, StreamExt};
 use holdfast_client::Client;
 use holdfast_wire::BackendStatus;
 use holdfast_wire::http::{BackendInfo, ClusterInfo, ConnectResponse, DronePage, KeyInfo, KeyPage};
@@ -14,12 +15,15 @@ use reqwest::Method;
 use serde_json::Value;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 use tempfile::TempDir;
 
 /// How often a start is tried on other ports.
 const STARTS_MAX: usize = 4;
 /// What a process says whose port is taken.
 const ADDRESS_IN_USE: &str = "Address already in use";
+/// Longest wait for one controller's word about the cluster.
+const INFO_WITHIN: Duration = Duration::from_secs(2);
 
 /// Controllers and drones, their data and their logs. Everything ends when this is dropped; logs are shown if the test
 /// failed.
@@ -192,30 +196,33 @@ impl Cluster {
         TestBackend::new(&self.dir())
     }
 
-    /// What the cluster says of itself, with a linearizable read at the first controller that answers one.
+    /// What the cluster says of itself, with a linearizable read at the first controller that answers one. All are asked at
+    /// once: one that is stopped answers nothing, and waiting for it would take longer than some leases last.
     pub async fn info(&self) -> ClusterInfo {
         wait_until("some controller answers for the cluster", LONG, async || {
             let mut seen = Vec::new();
-            for (index, process) in self.controllers.iter().enumerate() {
-                if process.pid().is_none() {
-                    continue;
-                }
-                let url = format!("{}/ctrl/cluster", self.url(index));
-                let timeout = std::time::Duration::from_secs(2);
-                match tokio::time::timeout(timeout, self.http.send(Method::GET, &url, &[], None)).await {
-                    Ok(Ok(answer)) if answer.status.is_success() => {
-                        let info: ClusterInfo = answer.read();
-                        if info.leader.is_some() {
-                            return Ok(info);
-                        }
-                        seen.push(format!("{url}: no leader"));
-                    }
-                    other => seen.push(format!("{url}: {other:?}")),
+            let running = self.controllers.iter().enumerate().filter(|(_, process)| process.pid().is_some());
+            let mut asked: FuturesUnordered<_> = running.map(|(index, _)| self.ask_for_info(index)).collect();
+            while let Some(answer) = asked.next().await {
+                match answer {
+                    Ok(info) => return Ok(info),
+                    Err(problem) => seen.push(problem),
                 }
             }
             Err(seen)
         })
         .await
+    }
+
+    async fn ask_for_info(&self, index: usize) -> Result<ClusterInfo, String> {
+        let url = format!("{}/ctrl/cluster", self.url(index));
+        match tokio::time::timeout(INFO_WITHIN, self.http.send(Method::GET, &url, &[], None)).await {
+            Ok(Ok(answer)) if answer.status.is_success() => {
+                let info: ClusterInfo = answer.read();
+                if info.leader.is_some() { Ok(info) } else { Err(format!("{url}: no leader")) }
+            }
+            other => Err(format!("{url}: {other:?}")),
+        }
     }
 
     /// The index of the leader.
@@ -286,7 +293,16 @@ impl Cluster {
     /// Waits until a backend is ready, and no more than that.
     pub async fn assert_ready(&self, backend: &str) {
         let info = self.wait_status(backend, BackendStatus::Ready).await;
-        assert_eq!(info.status, BackendStatus::Ready, "{info:?}");
+        assert_eq!(info.status, BackendStatus::Ready, "{info:?}, which wrote: {}", self.output(backend));
+    }
+
+    /// What a backend has written to its standard output and error, whichever drone runs it.
+    fn output(&self, backend: &str) -> String {
+        let of = |drone: &Process| {
+            let log = self.dir().join(&drone.label).join("backends").join(backend).join("output.log");
+            std::fs::read_to_string(log).ok()
+        };
+        self.drones.iter().find_map(of).unwrap_or_else(|| "nothing that is left".to_owned())
     }
 
     /// Waits until a backend is ready, and asks it: its environment, `instance` and `pid`.
