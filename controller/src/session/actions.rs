@@ -4,6 +4,7 @@
 //! looking at older ones, and go out first; unacknowledged ones are sent again a page at a time. However many older ones
 //! are unacknowledged, newer ones do not wait for them.
 
+use super::drift::Drift;
 use holdfast_core::limits::ACTIONS_PER_READ_MAX;
 use holdfast_core::records::PendingAction;
 use holdfast_core::view::DueAction;
@@ -103,17 +104,23 @@ impl Tracker {
 
 /// An action as the drone gets it that runs as `incarnation`. `None`: a spawn that was made for another one, whose clock
 /// its deadlines are in. The state says that too, but it may change between the session's look at the drone and its look
-/// at the actions. The error is a spawn whose executable is not JSON, which no controller accepts.
+/// at the actions. A drone whose clock is known to be too slow gets a key for as much shorter as renewals will be: it may be
+/// cut off before the first. The error is a spawn whose executable is not JSON, which no controller accepts.
 pub fn message(
     drone_id: i32,
     incarnation: &str,
+    drift: &Drift,
     due: DueAction,
 ) -> Result<Option<ActionMessage>, serde_json::Error> {
     let action = match due.record.action {
         PendingAction::Spawn { incarnation: made_for, .. } if made_for != incarnation => return Ok(None),
         PendingAction::Spawn { local_time_ms, lease, token, executable_json, .. } => Action::Spawn {
             executable: serde_json::from_str(&executable_json)?,
-            key: AcquiredKey { key: due.backend.key, deadlines: lease.deadlines(local_time_ms), token },
+            key: AcquiredKey {
+                key: due.backend.key,
+                deadlines: drift.lease(lease).deadlines(local_time_ms),
+                token,
+            },
             static_token: due.backend.static_token,
         },
         PendingAction::Terminate { kind, reason } => Action::Terminate { kind, reason },
@@ -241,7 +248,8 @@ mod tests {
             Ok::<_, Infallible>(all.into_iter().filter(|a| a.index > after).take(limit).collect::<Vec<_>>())
         };
         let sent = |due: Result<Vec<DueAction>, Infallible>| -> Vec<String> {
-            let messages = due.unwrap().into_iter().map(|due| message(5, "mine", due).unwrap());
+            let messages =
+                due.unwrap().into_iter().map(|due| message(5, "mine", &Drift::default(), due).unwrap());
             messages.flatten().map(|message| message.action_id).collect()
         };
         assert!(sent(tracker.fresh(start, 1, look)).is_empty());
@@ -253,12 +261,23 @@ mod tests {
     #[test]
     fn a_spawn_carries_the_key_with_deadlines_in_the_drones_time() {
         assert_eq!(
-            serde_json::to_value(message(5, "i", due(17, spawn("i"))).unwrap()).unwrap(),
+            serde_json::to_value(message(5, "i", &Drift::default(), due(17, spawn("i"))).unwrap()).unwrap(),
             json!({"action_id": "ak-17-0", "backend_id": "ba-17", "drone_id": 5, "action": {"Spawn": {
                 "executable": {"command": ["x"]},
                 "key": {"key": {"name": "k", "namespace": "", "tag": ""}, "token": 17,
                         "deadlines": {"renew_at": 31_000, "soft_terminate_at": 41_000, "hard_terminate_at": 51_000}},
                 "static_token": null}}})
         );
+    }
+
+    #[test]
+    fn a_slow_clock_gets_a_spawn_with_deadlines_that_are_over_in_time() {
+        let drifts = crate::session::drift::Drifts::default();
+        let mut measured = drifts.enter("s", "dr", "i");
+        (0..20_000).step_by(500).for_each(|at_ms| measured.heartbeat(at_ms / 2, at_ms));
+        let sent = message(5, "i", &measured.drift, due(17, spawn("i"))).unwrap().unwrap();
+        let Action::Spawn { key, .. } = sent.action else { panic!("{sent:?}") };
+        // 50 s last for 25 s of its own; the spawn counts from 1 s.
+        assert!((25_000..27_000).contains(&key.deadlines.hard_terminate_at), "{:?}", key.deadlines);
     }
 }

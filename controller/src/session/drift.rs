@@ -39,6 +39,8 @@ const SHOWN_PPM_MAX: i64 = 10_000_000;
 const SHORTEN_MAX: u64 = 4;
 /// Most drones whose error is shown: those whose clocks are furthest off.
 pub const SHOWN_MAX: usize = 50;
+/// Most drone processes that are remembered as too slow from one session to the next.
+const SLOW_MAX: usize = 10_000;
 
 #[derive(Debug, Clone, Copy)]
 struct Bucket {
@@ -116,6 +118,8 @@ struct Row {
 struct Rows {
     sessions: BTreeMap<String, Row>,
     faults: u64,
+    /// Errors of those that are too slow, by name and incarnation: known when they come back, before a new session has measured.
+    slow: BTreeMap<(String, String), i64>,
 }
 
 /// The errors of all drones that have a session here.
@@ -134,7 +138,8 @@ pub struct Measured {
     /// The measurement.
     pub drift: Drift,
     session: String,
-    drone: String,
+    /// Its name and incarnation.
+    process: (String, String),
     rows: Arc<Mutex<Rows>>,
 }
 
@@ -145,12 +150,14 @@ impl Drop for Measured {
 }
 
 impl Drifts {
-    /// Begins to measure a session's drone.
-    pub fn enter(&self, session: &str, drone: &str) -> Measured {
+    /// Begins to measure a session's drone. What an earlier session here has found of the same process holds until then.
+    pub fn enter(&self, session: &str, drone: &str, incarnation: &str) -> Measured {
+        let process = (drone.to_owned(), incarnation.to_owned());
+        let ppm = lock(&self.rows).slow.get(&process).copied();
         Measured {
-            drift: Drift::default(),
+            drift: Drift { ppm, ..Drift::default() },
             session: session.to_owned(),
-            drone: drone.to_owned(),
+            process,
             rows: Arc::clone(&self.rows),
         }
     }
@@ -173,18 +180,23 @@ impl Measured {
     pub fn heartbeat(&mut self, local_ms: i64, mine_ms: i64) {
         let Some(ppm) = self.drift.heartbeat(local_ms, mine_ms) else { return };
         let mut rows = lock(&self.rows);
-        let before = rows.sessions.insert(self.session.clone(), Row { drone: self.drone.clone(), ppm });
+        if ppm >= -FAULT_PPM {
+            rows.slow.remove(&self.process);
+        } else if rows.slow.len() < SLOW_MAX || rows.slow.contains_key(&self.process) {
+            rows.slow.insert(self.process.clone(), ppm);
+        }
+        let before = rows.sessions.insert(self.session.clone(), Row { drone: self.process.0.clone(), ppm });
         let was_off = before.is_some_and(|row| row.ppm.abs() > FAULT_PPM);
         if ppm.abs() > FAULT_PPM && !was_off {
             rows.faults += 1;
             tracing::error!(
-                drone = self.drone,
+                drone = self.process.0,
                 ppm,
                 tolerance_ppm = TOLERANCE_PPM,
                 "the drone's clock runs at another rate than this controller's, beyond what leases allow for"
             );
         } else if was_off && ppm.abs() <= FAULT_PPM {
-            tracing::info!(drone = self.drone, ppm, "the drone's clock runs at a tolerable rate again");
+            tracing::info!(drone = self.process.0, ppm, "the drone's clock runs at a tolerable rate again");
         }
     }
 }
@@ -245,10 +257,27 @@ mod tests {
     }
 
     #[test]
+    fn a_slow_clock_is_known_when_its_process_comes_back() {
+        let drifts = Drifts::default();
+        let lease = LeaseConfig::default();
+        let run = |session: &str, incarnation: &str, rate: i64| {
+            let mut measured = drifts.enter(session, "dr", incarnation);
+            let first = measured.drift.lease(lease);
+            (0..20_000).step_by(500).for_each(|at_ms| measured.heartbeat(at_ms * rate / 10, at_ms));
+            first
+        };
+        assert_eq!(run("s-1", "slow", 5), lease, "nothing is known");
+        assert!(run("s-2", "slow", 5).hard_terminate_ms < 26_000, "known from the first moment");
+        assert_eq!(run("s-3", "another", 10), lease, "of another process");
+        run("s-4", "slow", 10);
+        assert_eq!(run("s-5", "slow", 10), lease, "it was found to be right since");
+    }
+
+    #[test]
     fn the_metrics_show_the_worst_and_forget_ended_sessions() {
         let drifts = Drifts::default();
         let mut all: Vec<_> =
-            (0..SHOWN_MAX + 10).map(|i| drifts.enter(&format!("s-{i}"), &format!("dr-{i}"))).collect();
+            (0..SHOWN_MAX + 10).map(|i| drifts.enter(&format!("s-{i}"), &format!("dr-{i}"), "i")).collect();
         for (i, measured) in all.iter_mut().enumerate() {
             for at_ms in (0..20_000).step_by(500) {
                 let off = if i == 3 { at_ms / 10 } else { 0 };

@@ -102,7 +102,8 @@ impl Session {
         watch: Watch,
     ) -> Self {
         let name = app.store.local().view.drone(drone_id).ok().flatten().map(|drone| drone.name);
-        let measured = app.drifts.enter(&session, &name.unwrap_or_else(|| drone_id.to_string()));
+        let name = name.unwrap_or_else(|| drone_id.to_string());
+        let measured = app.drifts.enter(&session, &name, &incarnation);
         Self {
             app,
             outbox,
@@ -483,7 +484,7 @@ impl Session {
 
     fn send_actions(&mut self, due: Vec<DueAction>) -> Result<(), End> {
         for action in due {
-            match actions::message(self.drone_id, &self.incarnation, action) {
+            match actions::message(self.drone_id, &self.incarnation, &self.measured.drift, action) {
                 Ok(Some(message)) => self.send(&MessageToDrone::Action(message))?,
                 Ok(None) => {
                     tracing::debug!(drone_id = self.drone_id, "a spawn of another incarnation was left out");
