@@ -189,8 +189,8 @@ async fn a_leader_that_is_told_to_stop_hands_over_and_finishes_what_it_has_begun
     let begin = Instant::now();
     cluster.controllers[old].signal(Signal::SIGTERM);
 
-    let (mut acknowledged, mut under_way) = (held, 0);
-    for request in requests {
+    let (mut acknowledged, mut under_way, mut unanswered) = (held, 0, Vec::new());
+    for (i, request) in requests.into_iter().enumerate() {
         match request.await.unwrap() {
             Ok(answer) if answer.status.is_success() => {
                 under_way += 1;
@@ -198,8 +198,8 @@ async fn a_leader_that_is_told_to_stop_hands_over_and_finishes_what_it_has_begun
                 acknowledged.insert(answer.key.name.clone(), answer);
             }
             Ok(answer) => drop(answer.refused(ApiErrorKind::NoLeader)),
-            // Too late to be let in; but nobody who was let in is left without an answer.
-            Err(error) => assert!(error.is_connect(), "{error:?}"),
+            // Too late to be let in: no connection, or an idle one that was closed just then. Looked at below.
+            Err(_) => unanswered.push(format!("under-way-{i}")),
         }
     }
     println!("{under_way} of the requests under way were acknowledged");
@@ -209,6 +209,9 @@ async fn a_leader_that_is_told_to_stop_hands_over_and_finishes_what_it_has_begun
     let new = cluster.leader_other_than(old).await;
     let took = begin.elapsed();
     assert!(took < Duration::from_millis(3_500), "{took:?}: that was an election, not a hand-over");
+    for name in unanswered {
+        assert!(cluster.key(&name).await.is_none(), "{name} was let in, and has got no answer");
+    }
     for answer in acknowledged.values() {
         cluster.wait_status(&answer.backend_id, BackendStatus::Waiting).await;
     }

@@ -50,7 +50,7 @@ async fn a_drones_wall_clock_that_is_set_by_hours_and_years_while_it_runs_change
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("clock");
     set(&file, "+0");
-    let mut arena = Arena::of(Cluster::builder().drone_clock_file(0, &file), CALM, 3).await;
+    let mut arena = Arena::of(Cluster::builder().drone_clock_file(0, &file), CALM, 9).await;
     let all = arena.settle().await;
     assert!(all.iter().any(|held| held.drone == 0), "the drone holds a key: {all:?}");
     for (offset, days) in [("+3600", 0), ("-7200", 0), ("+3650d", 3650), ("-3650d", -3650)] {
