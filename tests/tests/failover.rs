@@ -198,8 +198,12 @@ async fn a_leader_that_is_told_to_stop_hands_over_and_finishes_what_it_has_begun
                 acknowledged.insert(answer.key.name.clone(), answer);
             }
             Ok(answer) => drop(answer.refused(ApiErrorKind::NoLeader)),
-            // Too late to be let in: no connection, or an idle one that was closed just then. Looked at below.
-            Err(_) => unanswered.push(format!("under-way-{i}")),
+            // Too late to be let in: no connection, or an idle one that was closed just then. Looked at below. Silence is
+            // neither.
+            Err(error) => {
+                assert!(!error.is_timeout(), "{error:?}");
+                unanswered.push(format!("under-way-{i}"));
+            }
         }
     }
     println!("{under_way} of the requests under way were acknowledged");
