@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Conn, Drone, Fake, TOKEN, alive, lease, short_lease, soon, vanished};
+use common::{Conn, Drone, Fake, TOKEN, alive, lease, populated, short_lease, soon, vanished};
 use holdfast_drone::clock::boot_ms;
 use holdfast_drone::journal::Record;
 use holdfast_wire::drone::{
@@ -289,7 +289,7 @@ async fn whatever_a_damaged_journal_may_have_run_is_ended_before_anything_is_sta
         let (drone, _conn) =
             running(&mut fake, dir.path(), &backend, "setsid sleep 300 & echo up; exec sleep 300").await;
         kill9(drone);
-        assert!(alive(&backend) >= 2);
+        populated(&backend, 2).await;
         let journal = dir_of(dir.path(), &backend).join("journal");
         let whole = std::fs::read(&journal).unwrap();
         match damage(whole) {

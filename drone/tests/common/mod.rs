@@ -462,6 +462,17 @@ pub fn alive(backend: &str) -> usize {
         .count()
 }
 
+/// Waits until that many processes of a backend are there. One that is just replacing its program (`exec`) shows no
+/// environment for a moment.
+pub async fn populated(backend: &str, processes_min: usize) {
+    soon("the backend's processes are there", async {
+        while alive(backend) < processes_min {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+}
+
 /// Waits until nothing of a backend is left.
 pub async fn vanished(backend: &str) {
     soon("the backend ends", async {

@@ -150,7 +150,9 @@ impl Ground {
             "FROM scratch\nCOPY backend /backend\nENTRYPOINT [\"/backend\"]\n",
         )
         .unwrap();
-        ground.docker(&["build", "--quiet", "-t", &ground.image, root.to_str().unwrap()]);
+        // Without the cache: it would share a layer with the image of a test beside, which removes that when it has ended.
+        let root = root.to_str().unwrap();
+        ground.docker(&["build", "--quiet", "--no-cache", "-t", &ground.image, root]);
         Some(ground)
     }
 
