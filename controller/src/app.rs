@@ -128,9 +128,8 @@ impl App {
             failing: Mutex::new(None),
             behind: Mutex::new(Behind::default()),
         }));
-        let hub = Arc::clone(&app.hub).run(app.store.effects());
-        let stopping = app.stopping.clone();
-        app.tasks.spawn(async move { stopping.run_until_cancelled(hub).await });
+        let hub = Arc::clone(&app.hub);
+        app.store.listen(move |effects| hub.wake(effects));
         app.tasks.spawn(heartbeats::run(app.clone(), items));
         app.tasks.spawn(together::run(app.clone(), commands));
         app

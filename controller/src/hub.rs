@@ -1,15 +1,16 @@
 //! Wakes those who wait for something in the applied state.
 //!
-//! The store broadcasts the effects of every entry. If each of thousands of drone sessions and waiting connects listened
-//! to all of them, every entry would wake everybody; so one task listens and wakes only whom it concerns.
+//! The store tells the effects of every entry. If each of thousands of drone sessions and waiting connects listened to
+//! all of them, every entry would wake everybody; the hub wakes only whom it concerns, and so nobody at all for most
+//! entries on a follower. The store's thread does that itself: it takes one lock, which nobody holds for long.
 //!
-//! Invariant: whoever takes a [`Watch`] before it looks at the state misses no change after that look. If the task itself
-//! missed effects, or the whole state was replaced, everybody is woken.
+//! Invariant: whoever takes a [`Watch`] before it looks at the state misses no change after that look. If the whole
+//! state was replaced, everybody is woken.
 
 use holdfast_core::outcome::Effect;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use tokio::sync::{broadcast, watch};
+use tokio::sync::watch;
 
 /// Something that can change.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -58,7 +59,13 @@ impl Hub {
         Watch { hub: Arc::clone(self), topic, receiver }
     }
 
-    fn wake(&self, effects: &[Effect]) {
+    /// Whether anybody watches.
+    pub fn is_watched(&self, topic: &Topic) -> bool {
+        self.topics().contains_key(topic)
+    }
+
+    /// Wakes whom these effects concern.
+    pub fn wake(&self, effects: &[Effect]) {
         if effects.contains(&Effect::Everything) {
             return self.wake_all();
         }
@@ -76,20 +83,6 @@ impl Hub {
     fn wake_all(&self) {
         for sender in self.topics().values() {
             sender.send_replace(());
-        }
-    }
-
-    /// Passes effects on until the store stops.
-    pub async fn run(self: Arc<Self>, mut effects: broadcast::Receiver<Arc<[Effect]>>) {
-        loop {
-            match effects.recv().await {
-                Ok(effects) => self.wake(&effects),
-                Err(broadcast::error::RecvError::Lagged(missed)) => {
-                    tracing::debug!(missed, "effects were missed; everybody looks again");
-                    self.wake_all();
-                }
-                Err(broadcast::error::RecvError::Closed) => return,
-            }
         }
     }
 }
@@ -136,7 +129,9 @@ mod tests {
         assert!(one.changed().now_or_never().is_some());
         assert!(one.changed().now_or_never().is_none());
         assert!(two.changed().now_or_never().is_none());
+        assert!(hub.is_watched(&Topic::Drone(1)) && !hub.is_watched(&Topic::Drone(3)));
         drop((one, two));
+        assert!(!hub.is_watched(&Topic::Drone(1)));
         assert!(hub.topics().is_empty());
     }
 
@@ -157,20 +152,5 @@ mod tests {
         let mut backend = hub.watch(Topic::Backend("b".into()));
         hub.wake(&[Effect::Everything]);
         assert!(key.changed().now_or_never().is_some() && backend.changed().now_or_never().is_some());
-    }
-
-    #[tokio::test]
-    async fn everybody_looks_again_after_missed_effects() {
-        let hub = Arc::new(Hub::default());
-        let (sender, receiver) = broadcast::channel::<Arc<[Effect]>>(1);
-        let mut watch = hub.watch(Topic::Key { namespace: String::new(), name: "k".into() });
-        for drone_id in 0..3 {
-            sender.send(Arc::from([Effect::Actions { drone_id }])).unwrap();
-        }
-        drop(sender);
-        Arc::clone(&hub).run(receiver).await;
-        assert!(watch.changed().now_or_never().is_some());
-        hub.wake(&[Effect::Everything]);
-        assert!(watch.changed().now_or_never().is_some());
     }
 }

@@ -15,7 +15,6 @@ use openraft::async_runtime::watch::WatchReceiver;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
-use tokio::sync::broadcast::error::RecvError;
 
 /// How often the keeper looks.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
@@ -31,7 +30,6 @@ const PROPOSE_DEADLINE: Duration = Duration::from_secs(2);
 
 /// Runs until the replica stops.
 pub async fn run(inner: Arc<Inner>) {
-    let mut effects = inner.effects.subscribe();
     let mut applied = inner.applied.clone();
     let mut last_applied = (0, boot_ms());
     let mut snapshot = (0, 0);
@@ -44,11 +42,9 @@ pub async fn run(inner: Arc<Inner>) {
         }
         tokio::select! {
             () = tokio::time::sleep(LOOK_EVERY) => {}
-            effect = effects.recv(), if !inner.formed.load(Ordering::Acquire) => {
-                if matches!(effect, Err(RecvError::Closed)) { return }
-            }
-            // A ban is lifted as soon as it may be: members that are all killed under one would wait for each other.
-            changed = applied.changed(), if inner.directory.rejoin.is_waiting() => {
+            // The entry that forms the cluster is seen at once. So is a ban that may be lifted: members that are all killed under
+            // one would wait for each other.
+            changed = applied.changed(), if !inner.formed.load(Ordering::Acquire) || inner.directory.rejoin.is_waiting() => {
                 if changed.is_err() { return }
             }
             () = inner.cancel.cancelled() => return,

@@ -41,6 +41,7 @@ mod boot_clock;
 mod checkpoint_test;
 mod codec;
 pub mod disk;
+mod effects;
 mod files;
 mod gauge;
 #[cfg(test)]

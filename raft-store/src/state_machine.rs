@@ -3,6 +3,7 @@
 //! Entries are applied on a thread of their own: the database may stall or read the disk, and the thread that runs Raft
 //! must never wait for that. The answers go from there straight to those who wait for them.
 
+use crate::effects::Effects;
 use crate::row_cache::{CachedState, RowCache};
 use crate::snapshots::{SnapshotDir, Snapshots};
 use crate::state_db::StateHandle;
@@ -19,7 +20,7 @@ use openraft::storage::{ApplyResponder, EntryResponder, RaftSnapshotBuilder, Raf
 use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
-use tokio::sync::{broadcast, oneshot, watch};
+use tokio::sync::{oneshot, watch};
 
 /// Most entries applied in one write batch.
 const APPLY_BATCH_MAX: usize = 512;
@@ -54,7 +55,7 @@ struct Applier {
     snapshots: Arc<Snapshots>,
     stamper: Arc<Stamper>,
     applied: watch::Sender<AppliedTo>,
-    effects: broadcast::Sender<Arc<[Effect]>>,
+    effects: Arc<Effects>,
     /// What one batch leaves for the next one.
     kept: Mutex<Kept>,
 }
@@ -77,7 +78,7 @@ impl StateMachine {
         snapshots: Arc<Snapshots>,
         stamper: Arc<Stamper>,
         applied: watch::Sender<AppliedTo>,
-        effects: broadcast::Sender<Arc<[Effect]>>,
+        effects: Arc<Effects>,
     ) -> io::Result<Self> {
         let applier =
             Arc::new(Applier { state, snapshots, stamper, applied, effects, kept: Mutex::default() });
@@ -159,10 +160,7 @@ impl Applier {
         for (responder, response) in answers {
             responder.send(response);
         }
-        if !effects.is_empty() {
-            // Nobody listening is fine.
-            let _ = self.effects.send(effects.into());
-        }
+        self.effects.tell(&effects);
         Ok(())
     }
 }
@@ -223,8 +221,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             return Ok(());
         }
         // What the skipped entries did is not known in detail.
-        let everything: Arc<[Effect]> = Arc::new([Effect::Everything]);
-        let _ = self.applier.effects.send(everything);
+        self.applier.effects.tell(&[Effect::Everything]);
         Ok(())
     }
 

@@ -6,6 +6,7 @@ use crate::api::{
 };
 use crate::background::Background;
 use crate::disk::{self, DiskWatch};
+use crate::effects::Effects;
 use crate::inspect;
 use crate::keeper;
 use crate::log_files::sync_parent;
@@ -40,7 +41,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, broadcast, watch};
+use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -51,8 +52,6 @@ pub(crate) type Raft = openraft::Raft<TypeConfig, StateMachine>;
 pub const PROPOSAL_BYTES_MAX: usize = 4 << 20;
 /// Proposals under way on one replica.
 const PROPOSALS_IN_FLIGHT_MAX: usize = 16_384;
-/// Batches of effects that a slow listener may lag behind before it has to look at everything.
-const EFFECTS_KEPT: usize = 4096;
 /// How long to wait for news of a leader before looking again.
 const LEADER_POLL: Duration = Duration::from_millis(50);
 /// The first such wait; it doubles. A leader that is being replaced says no for a few milliseconds.
@@ -70,7 +69,7 @@ pub(crate) struct Inner {
     pub(crate) directory: Arc<Directory>,
     pub(crate) formed: AtomicBool,
     pub(crate) cancel: CancellationToken,
-    pub(crate) effects: broadcast::Sender<Arc<[Effect]>>,
+    effects: Arc<Effects>,
     pub(crate) applied: watch::Receiver<AppliedTo>,
     pub(crate) disk: Arc<DiskWatch>,
     leader: watch::Sender<Option<LeaderInfo>>,
@@ -225,7 +224,7 @@ impl Store {
 
         let applied = watch::Sender::new(AppliedTo::default());
         let applied_rx = applied.subscribe();
-        let effects = broadcast::Sender::new(EFFECTS_KEPT);
+        let effects = Arc::new(Effects::default());
         let machine =
             StateMachine::new(state.clone(), snapshots.clone(), stamper.clone(), applied, effects.clone())
                 .map_err(|e| storage("reading the state", &state_dir)(e.to_string()))?;
@@ -392,9 +391,14 @@ impl Store {
         }
     }
 
-    /// Effects of entries, after they are applied here. A receiver that lags must look at everything again.
-    pub fn effects(&self) -> broadcast::Receiver<Arc<[Effect]>> {
-        self.inner.effects.subscribe()
+    /// Sets who is told of the effects of entries after they are applied here, from now on and in their order. It is called
+    /// by the thread that applies: it must neither block nor wait.
+    ///
+    /// # Panics
+    ///
+    /// If there is a listener already.
+    pub fn listen(&self, listener: impl Fn(&[Effect]) + Send + Sync + 'static) {
+        self.inner.effects.listen(listener);
     }
 
     /// The leader as this replica knows it, and its changes.

@@ -9,7 +9,7 @@ use openraft::StorageError;
 use openraft::testing::log::{StoreBuilder, Suite};
 use std::sync::Arc;
 use tempfile::TempDir;
-use tokio::sync::{broadcast, watch};
+use tokio::sync::watch;
 
 struct Builder;
 
@@ -33,7 +33,7 @@ impl StoreBuilder<TypeConfig, LogStore, StateMachine, TempDir> for Builder {
             snapshots,
             stamper,
             watch::Sender::new(AppliedTo::default()),
-            broadcast::Sender::new(16),
+            Arc::default(),
         )
         .unwrap();
         Ok((dir, log, machine))
