@@ -9,6 +9,7 @@
 //! ```
 
 pub mod client;
+mod hold;
 pub mod network;
 pub mod server;
 pub mod wire;
@@ -22,7 +23,7 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::net::TcpStream;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio_util::codec::{Framed, LengthDelimitedCodec};
 
 /// Longest frame in bytes: an append of the largest batch, with room.
@@ -98,6 +99,8 @@ pub struct Directory {
     leader: Mutex<Option<(u64, u64)>>,
     /// Members that say they belong to another cluster, and what they say.
     foreign: Mutex<BTreeMap<u64, String>>,
+    /// For each peer that appends are sent to: to be told that somebody waits there for the commit index.
+    hurries: Mutex<BTreeMap<u64, Arc<Notify>>>,
     changed: watch::Sender<u64>,
 }
 
@@ -114,6 +117,7 @@ impl Directory {
             urls,
             leader: Mutex::default(),
             foreign: Mutex::default(),
+            hurries: Mutex::default(),
             changed: watch::Sender::new(0),
         }
     }
@@ -163,6 +167,12 @@ impl Directory {
     /// Members that belong to another cluster, with what they say.
     pub fn foreign(&self) -> BTreeMap<u64, String> {
         self.foreign.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What tells the connection that appends to a member that it has to send the commit index now. Members are few, and
+    /// their ids are never used twice, so none is forgotten.
+    pub fn hurry(&self, id: u64) -> Arc<Notify> {
+        self.hurries.lock().unwrap_or_else(PoisonError::into_inner).entry(id).or_default().clone()
     }
 
     /// A peer said where its HTTP API is.

@@ -1,6 +1,7 @@
 //! openraft's view of the peers.
 
 use super::client::{RpcClient, RpcError, connect};
+use super::hold::{COMMIT_HOLD, Hold};
 use super::wire::{
     Append, Mode, Reply, Request, SnapshotBegin, SnapshotHeader, SnapshotReply, StreamReply, VoteAsk,
 };
@@ -10,7 +11,7 @@ use crate::snapshots::Snapshots;
 use crate::state_machine::SnapshotData;
 use crate::types::{Member, TypeConfig, Vote};
 use bytes::{Bytes, BytesMut};
-use futures::{SinkExt, Stream, StreamExt};
+use futures::{Sink, SinkExt, Stream, StreamExt};
 use holdfast_core::codec::{decode, encode};
 use openraft::OptionalSend;
 use openraft::base::{BoxFuture, BoxStream};
@@ -27,7 +28,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
+use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
 type C = TypeConfig;
@@ -107,7 +109,9 @@ impl PeerNetwork {
             connect(&self.directory, self.target, &self.addr, Mode::Append).await.map_err(unreachable)?;
         let (sink, replies) = frames.split();
         let (under_way, sent) = mpsc::channel(APPENDS_IN_FLIGHT_MAX);
-        let writer = AbortOnDropHandle::new(tokio::spawn(write_appends(input, sink, under_way)));
+        let hurry = self.directory.hurry(self.target);
+        let writer =
+            AbortOnDropHandle::new(tokio::spawn(write_appends(input, sink, under_way, hurry, COMMIT_HOLD)));
         let state = Pipeline { sent, replies, _writer: writer };
         let timeout = self.append_timeout;
         Ok(Box::pin(futures::stream::unfold(Some(state), move |state| async move {
@@ -140,29 +144,56 @@ impl Pipeline {
     }
 }
 
+/// Writes requests until they end. `hold_for` and `hurry`: see [`Hold`].
 async fn write_appends<S>(
     mut input: S,
-    mut sink: futures::stream::SplitSink<Frames, Bytes>,
+    mut sink: impl Sink<Bytes, Error = io::Error> + Unpin,
     under_way: mpsc::Sender<Result<(), String>>,
+    hurry: Arc<Notify>,
+    hold_for: Duration,
 ) where
-    S: Stream<Item = AppendEntriesRequest<C>> + OptionalSend + Unpin + 'static,
+    S: Stream<Item = AppendEntriesRequest<C>> + Unpin,
 {
-    while let Some(request) = input.next().await {
-        let encoded = match Append::of(&request) {
-            Ok(append) => encode(&append),
-            Err(error) => {
-                let _ = under_way.send(Err(error.to_string())).await;
+    let mut hold = Hold::default();
+    let mut held_long = std::pin::pin!(tokio::time::sleep(Duration::ZERO));
+    loop {
+        let held = hold.is_holding();
+        let next = tokio::select! {
+            // What brings the commit index along makes the wait superfluous.
+            biased;
+            request = input.next() => Some(request),
+            () = hurry.notified(), if held => None,
+            () = &mut held_long, if held => None,
+        };
+        let (requests, ended) = match next {
+            Some(Some(request)) => (hold.offer(request).collect::<Vec<_>>(), false),
+            Some(None) => (hold.release().into_iter().collect(), true),
+            None => (hold.release().into_iter().collect(), false),
+        };
+        if hold.is_holding() && !held {
+            held_long.as_mut().reset(Instant::now() + hold_for);
+        }
+        for request in &requests {
+            if let Err(why) = write_append(request, &mut sink, &under_way).await {
+                // Who reads the answers may have gone already.
+                let _ = under_way.send(Err(why)).await;
                 return;
             }
-        };
-        if under_way.send(Ok(())).await.is_err() {
-            return;
         }
-        if let Err(error) = sink.send(Bytes::from(encoded)).await {
-            let _ = under_way.send(Err(error.to_string())).await;
+        if ended {
             return;
         }
     }
+}
+
+async fn write_append(
+    request: &AppendEntriesRequest<C>,
+    sink: &mut (impl Sink<Bytes, Error = io::Error> + Unpin),
+    under_way: &mpsc::Sender<Result<(), String>>,
+) -> Result<(), String> {
+    let encoded = encode(&Append::of(request).map_err(|e| e.to_string())?);
+    under_way.send(Ok(())).await.map_err(|_| "nobody reads the answers".to_owned())?;
+    sink.send(Bytes::from(encoded)).await.map_err(|e| e.to_string())
 }
 
 impl RaftNetworkV2<C> for PeerNetwork {
@@ -352,5 +383,86 @@ fn begin_at(dir: &Path, files: &[(String, u64)], file: u64, offset: u64, crc: u3
             tracing::warn!("what a peer has of a snapshot is something else; beginning at the start");
             SnapshotBegin { file: 0, offset: 0 }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::hold::tests::append;
+    use super::*;
+    use futures::channel::mpsc::{UnboundedReceiver, UnboundedSender, unbounded};
+
+    /// Longer than any test.
+    const NEVER: Duration = Duration::from_secs(3600);
+
+    struct Connection {
+        requests: UnboundedSender<AppendEntriesRequest<C>>,
+        frames: UnboundedReceiver<Bytes>,
+        hurry: Arc<Notify>,
+        _under_way: mpsc::Receiver<Result<(), String>>,
+    }
+
+    fn connection(hold_for: Duration) -> Connection {
+        let (requests, input) = unbounded();
+        let (sink, frames) = unbounded();
+        let (under_way, sent) = mpsc::channel(APPENDS_IN_FLIGHT_MAX);
+        let hurry = Arc::new(Notify::new());
+        let sink = sink.sink_map_err(io::Error::other);
+        tokio::spawn(write_appends(input, sink, under_way, hurry.clone(), hold_for));
+        Connection { requests, frames, hurry, _under_way: sent }
+    }
+
+    impl Connection {
+        fn ask(&self, request: AppendEntriesRequest<C>) {
+            self.requests.unbounded_send(request).unwrap();
+        }
+
+        /// Number of entries and commit index of the next frame.
+        async fn next(&mut self) -> Option<(usize, u64)> {
+            let append: Append = decode(&self.frames.next().await?).unwrap();
+            let request = append.into_request().unwrap();
+            Some((request.entries.len(), request.leader_commit.map_or(0, |id| id.index)))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_held_commit_index_goes_with_the_next_entry_and_else_when_its_time_is_over() {
+        let mut lone = connection(COMMIT_HOLD);
+        lone.ask(append(4, 5, 4));
+        assert_eq!(lone.next().await, Some((1, 4)));
+        lone.ask(append(5, 5, 5));
+        assert_eq!(lone.next().await, Some((0, 5)));
+        let mut busy = connection(NEVER);
+        busy.ask(append(4, 5, 4));
+        busy.ask(append(5, 5, 5));
+        busy.ask(append(5, 6, 5));
+        assert_eq!((busy.next().await, busy.next().await), (Some((1, 4)), Some((1, 5))));
+    }
+
+    #[tokio::test]
+    async fn whoever_waits_for_a_held_commit_index_has_it_sent_at_once() {
+        let mut connection = connection(NEVER);
+        connection.ask(append(4, 5, 4));
+        assert_eq!(connection.next().await, Some((1, 4)));
+        connection.ask(append(5, 5, 5));
+        connection.hurry.notify_one();
+        assert_eq!(connection.next().await, Some((0, 5)));
+        // It need not be held yet: one who asked before is not forgotten.
+        connection.hurry.notify_one();
+        connection.ask(append(5, 6, 5));
+        assert_eq!(connection.next().await, Some((1, 5)));
+        connection.ask(append(6, 6, 6));
+        assert_eq!(connection.next().await, Some((0, 6)));
+    }
+
+    #[tokio::test]
+    async fn nothing_held_is_lost_when_the_requests_end() {
+        let mut connection = connection(NEVER);
+        connection.ask(append(4, 5, 4));
+        connection.ask(append(5, 5, 5));
+        connection.requests.close_channel();
+        assert_eq!(connection.next().await, Some((1, 4)));
+        assert_eq!(connection.next().await, Some((0, 5)));
+        assert_eq!(connection.next().await, None);
     }
 }

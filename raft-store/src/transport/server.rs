@@ -136,7 +136,7 @@ impl<F: Forwarded> PeerServer<F> {
         frames.send(Bytes::from(encode(&welcome))).await?;
         let served = async {
             match hello.mode {
-                Mode::Rpc => self.serve_rpc(frames).await,
+                Mode::Rpc => self.serve_rpc(frames, hello.from).await,
                 Mode::Append => self.serve_append(frames).await,
                 Mode::Snapshot => self.serve_snapshot(frames, hello.from).await,
             }
@@ -171,7 +171,8 @@ impl<F: Forwarded> PeerServer<F> {
         }
     }
 
-    async fn serve_rpc(self: &Arc<Self>, frames: Frames) -> io::Result<()> {
+    async fn serve_rpc(self: &Arc<Self>, frames: Frames, from: u64) -> io::Result<()> {
+        let hurry = self.directory.hurry(from);
         let (mut sink, mut stream) = frames.split();
         let (answers, mut answered) = mpsc::channel::<Bytes>(REQUESTS_IN_FLIGHT_MAX);
         let places = Arc::new(Semaphore::new(REQUESTS_IN_FLIGHT_MAX));
@@ -194,9 +195,13 @@ impl<F: Forwarded> PeerServer<F> {
                 let id = u64::from_le_bytes(*id);
                 let request: Request = decode(body).map_err(io::Error::other)?;
                 let place = places.clone().acquire_owned().await.map_err(io::Error::other)?;
-                let (this, answers) = (self.clone(), answers.clone());
+                let (this, answers, hurry) = (self.clone(), answers.clone(), hurry.clone());
                 tokio::spawn(async move {
+                    let waits_to_apply = matches!(request, Request::Propose { .. } | Request::ReadIndex);
                     let body = encode(&this.handle(request).await);
+                    if waits_to_apply {
+                        hurry.notify_one();
+                    }
                     let mut frame = BytesMut::with_capacity(8 + body.len());
                     frame.put_u64_le(id);
                     frame.put_slice(&body);
