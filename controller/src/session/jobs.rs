@@ -2,12 +2,13 @@
 
 use super::{renewals, together};
 use crate::app::App;
+use crate::hub::{Hub, Topic};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use holdfast_core::command::{FromDrone, Renew, StateReport};
 use holdfast_core::outcome::Outcome;
-use holdfast_wire::LeaseConfig;
 use holdfast_wire::drone::{BackendEvent, MessageToDrone};
+use holdfast_wire::{BackendState, LeaseConfig};
 use raft_store::ProposeError;
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
@@ -44,11 +45,16 @@ pub enum Done {
 }
 
 /// One try, of which nobody waits for the end after `until`.
-async fn once(app: &App, command: FromDrone, until: Option<Instant>) -> Result<Outcome, ProposeError> {
+async fn once(
+    app: &App,
+    command: FromDrone,
+    urgent: bool,
+    until: Option<Instant>,
+) -> Result<Outcome, ProposeError> {
     let ended = || ProposeError::Stopped("this controller is stopping".to_owned());
     let (answer, answered) = oneshot::channel();
     let outcome = async {
-        app.together.send(together::Item { command, answer }).await.map_err(|_| ended())?;
+        app.together.send(together::Item { command, urgent, answer }).await.map_err(|_| ended())?;
         answered.await.map_err(|_| ended())?
     };
     match until {
@@ -60,13 +66,15 @@ async fn once(app: &App, command: FromDrone, until: Option<Instant>) -> Result<O
 }
 
 /// Proposes what `command` makes until the answer is definite, or `until`. Only for commands that may be applied twice.
+/// See [`together::Item`] for `urgent`.
 async fn patiently(
     app: &App,
     command: impl Fn() -> FromDrone,
+    urgent: bool,
     until: Option<Instant>,
 ) -> Result<Outcome, ProposeError> {
     loop {
-        let outcome = once(app, command(), until).await;
+        let outcome = once(app, command(), urgent, until).await;
         match &outcome {
             Err(ProposeError::NoLeader | ProposeError::OutcomeUnknown(_) | ProposeError::Overloaded)
                 if until.is_none_or(|until| Instant::now() + RETRY_PAUSE < until) =>
@@ -91,7 +99,7 @@ pub fn renew(
             let (app, requests) = (&app, &requests);
             let renew =
                 move || FromDrone::Renew(Renew { drone_id, keys: renewals::keys(requests, piece.clone()) });
-            patiently(app, renew, until)
+            patiently(app, renew, true, until)
         });
         let mut outcomes = Vec::new();
         let mut answer = Ok(());
@@ -108,6 +116,14 @@ pub fn renew(
     .boxed()
 }
 
+/// Whether somebody waits for one of these: an end frees a key, and a backend may be watched.
+fn is_urgent(hub: &Hub, events: &[BackendEvent]) -> bool {
+    events.iter().any(|event| {
+        matches!(event.state, BackendState::Terminated { .. })
+            || hub.is_watched(&Topic::Backend(event.backend_id.clone()))
+    })
+}
+
 /// Records states, in order. Repeating is harmless: states only rise.
 pub fn report(app: App, drone_id: i32, events: Vec<BackendEvent>) -> BoxFuture<'static, Done> {
     async move {
@@ -119,7 +135,8 @@ pub fn report(app: App, drone_id: i32, events: Vec<BackendEvent>) -> BoxFuture<'
             })
         };
         let report = || FromDrone::ReportStates { drone_id, reports: reports().collect() };
-        let answer = patiently(&app, report, None).await;
+        let urgent = is_urgent(&app.hub, &events);
+        let answer = patiently(&app, report, urgent, None).await;
         Done::Reported { events, answer }
     }
     .boxed()
@@ -129,12 +146,46 @@ pub fn report(app: App, drone_id: i32, events: Vec<BackendEvent>) -> BoxFuture<'
 pub fn acknowledge(app: App, drone_id: i32, action_ids: Vec<String>) -> BoxFuture<'static, Done> {
     async move {
         let acknowledge = || FromDrone::AckActions { drone_id, action_ids: action_ids.clone() };
-        Done::Acknowledged(patiently(&app, acknowledge, None).await)
+        Done::Acknowledged(patiently(&app, acknowledge, false, None).await)
     }
     .boxed()
 }
 
 /// Records a word of the drone. Repeating is harmless: it is numbered, or the same each time.
 pub fn record(app: App, command: FromDrone, message: MessageToDrone) -> BoxFuture<'static, Done> {
-    async move { Done::Recorded { message, answer: patiently(&app, || command.clone(), None).await } }.boxed()
+    async move { Done::Recorded { message, answer: patiently(&app, || command.clone(), true, None).await } }
+        .boxed()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use holdfast_wire::BackendStatus;
+    use std::sync::Arc;
+
+    #[test]
+    fn a_report_is_urgent_if_it_ends_a_backend_or_somebody_watches_one() {
+        let hub = Arc::new(Hub::default());
+        let event = |backend_id: &str, state| BackendEvent {
+            event_id: 1,
+            backend_id: backend_id.into(),
+            state,
+            timestamp: 0,
+            token: Some(1),
+        };
+        let terminated = BackendState::Terminated {
+            last_status: BackendStatus::Ready,
+            termination: None,
+            reason: None,
+            exit_code: Some(0),
+        };
+        let loading = [event("a", BackendState::Loading), event("b", BackendState::Starting)];
+        assert!(!is_urgent(&hub, &loading));
+        assert!(is_urgent(&hub, &[event("a", BackendState::Loading), event("b", terminated)]));
+        let watch = hub.watch(Topic::Backend("b".into()));
+        assert!(is_urgent(&hub, &loading));
+        assert!(!is_urgent(&hub, &loading[..1]));
+        drop(watch);
+        assert!(!is_urgent(&hub, &loading));
+    }
 }
