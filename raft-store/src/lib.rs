@@ -43,6 +43,9 @@ mod codec;
 pub mod disk;
 mod effects;
 mod files;
+mod floors;
+#[cfg(test)]
+mod floors_test;
 mod gauge;
 #[cfg(test)]
 mod group_commit_test;

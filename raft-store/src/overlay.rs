@@ -58,6 +58,18 @@ impl Rows {
         }
     }
 
+    /// The lowest key with a value.
+    fn first_written(&self) -> Option<&[u8]> {
+        match self {
+            Self::Ordered(rows) => {
+                rows.iter().find(|(_, value)| value.is_some()).map(|(key, _)| key.as_slice())
+            }
+            Self::Hashed(rows) => {
+                rows.iter().filter(|(_, value)| value.is_some()).map(|(key, _)| key.as_slice()).min()
+            }
+        }
+    }
+
     /// All rows from `start` to before `end`, in order.
     fn range<'a>(&'a self, start: &[u8], end: Option<&[u8]>) -> Box<dyn Iterator<Item = RowRef<'a>> + 'a> {
         match self {
@@ -125,6 +137,11 @@ impl Layer {
         Table::ALL.into_iter().flat_map(|table| {
             self.tables[table as usize].range(&[], None).map(move |(key, value)| (table, key, value))
         })
+    }
+
+    /// The lowest key of a table that it writes a value to, with the table; `None` if it deletes there alone.
+    pub fn first(&self, table: Table) -> Option<(Table, &[u8])> {
+        self.tables[table as usize].first_written().map(|key| (table, key))
     }
 
     fn get(&self, table: Table, key: &[u8]) -> Option<&Option<Vec<u8>>> {

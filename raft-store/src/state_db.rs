@@ -11,6 +11,7 @@
 
 use crate::codec::{WireLogId, WireSnapshotMeta, WireStoredMembership};
 use crate::files::{copy_or_link_dir, remove_dir_if_there, sync_dir, write_durably};
+use crate::floors::Floors;
 use crate::gauge::Gauge;
 use crate::log_files::{Damage, Wal, check_db, sync_parent};
 use crate::log_store::{background_errors, db_options};
@@ -61,6 +62,7 @@ struct OpenDb {
     dir: PathBuf,
     number: u64,
     layers: RwLock<Layers>,
+    floors: Floors,
     /// Held by whoever takes a layer to the database. After an error nobody knows what the database holds, and nothing
     /// is written or committed any more.
     flushing: Mutex<Result<(), String>>,
@@ -155,7 +157,8 @@ impl OpenDb {
     fn open(root: &Path, number: u64, gauge: Arc<Gauge>) -> io::Result<Self> {
         let dir = root.join(format!("db-{number}"));
         let db = open_db(&dir)?;
-        Ok(Self { db, dir, number, layers: RwLock::default(), flushing: Mutex::new(Ok(())), gauge })
+        let (layers, floors) = (RwLock::default(), Floors::default());
+        Ok(Self { db, dir, number, layers, floors, flushing: Mutex::new(Ok(())), gauge })
     }
 
     fn layers(&self) -> RwLockReadGuard<'_, Layers> {
@@ -207,6 +210,8 @@ impl OpenDb {
         if let Some(membership) = &layer.membership {
             batch.put_cf(meta, KEY_MEMBERSHIP, encode(&WireStoredMembership::from(membership)));
         }
+        // Whoever flushes is alone (`flushing`). In each table the layer's rows come in order.
+        let _floors = self.floors.write(Table::ALL.into_iter().filter_map(|table| layer.first(table)));
         // Not synced: the log is, and it is not purged before `make_durable`.
         let _under_way = self.gauge.begin();
         self.db.write(batch).map_err(io_error)
@@ -357,6 +362,12 @@ impl StateHandle {
         check_tables(&current.db, &current.dir, &mut pause)
     }
 
+    /// Takes everything committed so far to the database, as the flusher does.
+    #[cfg(test)]
+    pub(crate) fn flush(&self) -> io::Result<()> {
+        self.current().flush()
+    }
+
     /// Makes everything committed so far durable.
     pub fn make_durable(&self) -> io::Result<()> {
         let current = self.current();
@@ -422,10 +433,13 @@ impl StateHandle {
     /// Writes rows of a state that is being built, without a log: durable after [`Self::finish_load`] alone.
     pub(crate) fn load(&self, rows: impl IntoIterator<Item = TableRow>) -> io::Result<()> {
         let current = self.current();
+        let _alone = current.flushing.lock().unwrap_or_else(PoisonError::into_inner);
         let mut batch = WriteBatch::default();
-        for (table, key, value) in rows {
-            batch.put_cf(cf(&current.db, table).map_err(io_error)?, key, value);
+        let rows: Vec<TableRow> = rows.into_iter().collect();
+        for (table, key, value) in &rows {
+            batch.put_cf(cf(&current.db, *table).map_err(io_error)?, key, value);
         }
+        let _floors = current.floors.write(rows.iter().map(|(table, key, _)| (*table, key.as_slice())));
         let mut options = WriteOptions::default();
         options.disable_wal(true);
         current.db.write_opt(batch, &options).map_err(io_error)
@@ -569,21 +583,35 @@ impl ReadState for StateHandle {
         }
         let current = self.current();
         let cf = cf(&current.db, table)?;
+        let floor = current.floors.read(table);
         let (above, snapshot) = {
             // Both of one instant, or a row could be seen as it was before another one of the same entry.
             let layers = current.layers();
             (layers.range(table, start, end, limit), current.db.snapshot())
         };
+        let floor = Some(floor).filter(|floor| current.floors.still_holds(floor));
         lay_over(above, limit, |limit| {
+            let from = floor.as_ref().map_or(start, |floor| floor.floor().max(start));
             let mut options = ReadOptions::default();
             if let Some(end) = end {
+                if end <= from {
+                    return Ok(Vec::new());
+                }
                 options.set_iterate_upper_bound(end);
             }
-            let from = IteratorMode::From(start, Direction::Forward);
-            let rows = snapshot.iterator_cf_opt(cf, options, from).take(limit);
-            rows.map(|row| row.map(|(key, value)| (key.into_vec(), value.into_vec())))
+            let rows = snapshot.iterator_cf_opt(cf, options, IteratorMode::From(from, Direction::Forward));
+            let rows: Vec<Row> = rows
+                .take(limit)
+                .map(|row| row.map(|(key, value)| (key.into_vec(), value.into_vec())))
                 .collect::<Result<_, _>>()
-                .map_err(read_error)
+                .map_err(read_error)?;
+            // It began at the floor, or below: what lies before the first row is empty.
+            if let Some(floor) = floor.filter(|floor| start <= floor.floor())
+                && let Some(first) = rows.first().map(|(key, _)| key.as_slice()).or(end)
+            {
+                current.floors.raise(&floor, first);
+            }
+            Ok(rows)
         })
     }
 }

@@ -22,6 +22,14 @@ const RESEND_PAGES_MAX: usize = 4;
 /// Log index and number within that entry.
 type At = (u64, u32);
 
+/// The place before `at`; none before the first of all.
+fn before((index, sub): At) -> Option<At> {
+    match sub.checked_sub(1) {
+        Some(sub) => Some((index, sub)),
+        None => Some((index.checked_sub(1)?, u32::MAX)),
+    }
+}
+
 /// What a session has sent.
 #[derive(Debug, Default)]
 pub struct Tracker {
@@ -72,7 +80,9 @@ impl Tracker {
             if self.sent.is_empty() || due.len() >= room {
                 break;
             }
-            let page = look(self.resend_after, ACTIONS_PER_READ_MAX)?;
+            // What was sent begins there; before it lies what is gone, which the database would have to walk over.
+            let from = self.resend_after.or_else(|| self.sent.keys().next().and_then(|first| before(*first)));
+            let page = look(from, ACTIONS_PER_READ_MAX)?;
             let page_end =
                 if page.len() < ACTIONS_PER_READ_MAX { None } else { page.last().map(|a| (a.index, a.sub)) };
             self.forget_all_but(&page, page_end);
