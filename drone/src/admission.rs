@@ -9,11 +9,14 @@
 //!    not started.
 //! 3. Only a spawn of this process's time may be reported as ended: one of an earlier process may have been started by
 //!    it, and run on under a guard that has outlived it.
+//! 4. A backend whose end was asked for before its spawn was taken is not started. The two come in order, but a spawn may
+//!    be put off (see `Agent::message`) and come again after the end was acknowledged.
 
-use holdfast_wire::{Deadlines, LeaseConfig};
+use holdfast_wire::lease::EXPIRY_MS_MAX;
+use holdfast_wire::{Deadlines, LeaseConfig, TerminationReason};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Most backends of one drone, running or remembered.
+/// Most backends of one drone, running or remembered; and as many again whose end came first.
 pub const BACKENDS_MAX: usize = 20_000;
 
 /// What to do with a spawn.
@@ -28,6 +31,8 @@ pub enum Verdict {
     /// Its deadlines are not of this process's time, or that cannot be told: start nothing and report nothing. An earlier
     /// process's guard may run it; its key expires.
     NotOurTime,
+    /// It was to end before it came: report that it was not started.
+    Ended(TerminationReason),
     /// [`BACKENDS_MAX`] is reached: report that it was not started.
     Full,
 }
@@ -40,12 +45,14 @@ pub struct Admission {
     /// Backend to the `soft_terminate_at` of its spawn.
     accepted: BTreeMap<String, i64>,
     by_time: BTreeSet<(i64, String)>,
+    /// Backends that were to end before their spawns were taken: until when that is remembered, and why they were to.
+    ended: BTreeMap<String, (i64, TerminationReason)>,
 }
 
 impl Admission {
     /// For a process that started at this drone time.
     pub fn new(started_at: i64) -> Self {
-        Self { started_at, accepted: BTreeMap::new(), by_time: BTreeSet::new() }
+        Self { started_at, accepted: BTreeMap::new(), by_time: BTreeSet::new(), ended: BTreeMap::new() }
     }
 
     /// Judges a spawn, and remembers the id if it is to be started. `lease` is the cluster's, where it said so.
@@ -76,11 +83,36 @@ impl Admission {
             Some(true) if late => return Verdict::TooLate,
             Some(true) | None => {}
         }
+        if let Some((_, reason)) = self.ended.get(backend) {
+            return Verdict::Ended(*reason);
+        }
         if self.accepted.len() >= BACKENDS_MAX {
             return Verdict::Full;
         }
         self.accepted.insert(backend.to_owned(), deadlines.soft_terminate_at);
         Verdict::Start
+    }
+
+    /// A backend that is not here is to end. Remembered until no spawn that was made before can be started any more; false if
+    /// there is no room to.
+    #[must_use]
+    pub fn end_first(
+        &mut self,
+        backend: &str,
+        reason: TerminationReason,
+        lease: Option<LeaseConfig>,
+        now_ms: i64,
+    ) -> bool {
+        if self.accepted.contains_key(backend) || self.ended.contains_key(backend) {
+            return true;
+        }
+        // A spawn's soft deadline counts from a heartbeat, so from before now.
+        let until = now_ms.saturating_add_unsigned(lease.map_or(EXPIRY_MS_MAX, |l| l.soft_terminate_ms));
+        let room = self.ended.len() < BACKENDS_MAX;
+        if room {
+            self.ended.insert(backend.to_owned(), (until, reason));
+        }
+        room
     }
 
     /// An earlier process has taken it on; its spawn may still be repeated until this moment.
@@ -103,6 +135,7 @@ impl Admission {
         {
             self.accepted.remove(&backend);
         }
+        self.ended.retain(|_, (until, _)| *until > now_ms);
     }
 }
 
@@ -159,6 +192,40 @@ mod tests {
         ] {
             assert_eq!(admission.judge("ba", lease().deadlines(base), lease_known, now), verdict, "{base}");
         }
+    }
+
+    #[test]
+    fn a_backend_that_was_to_end_before_its_spawn_was_taken_is_not_started() {
+        let mut admission = Admission::new(0);
+        let deadlines = lease().deadlines(1_000);
+        let reason = TerminationReason::External;
+        assert!(admission.end_first("ba", reason, Some(lease()), 2_000));
+        let verdict =
+            |admission: &mut Admission, now_ms| admission.judge("ba", deadlines, Some(lease()), now_ms);
+        assert_eq!(verdict(&mut admission, 2_001), Verdict::Ended(reason));
+        admission.tidy(40_999);
+        assert_eq!(verdict(&mut admission, 40_999), Verdict::Ended(reason), "it is still in time");
+        admission.tidy(42_000);
+        assert!(admission.ended.is_empty());
+        assert_eq!(verdict(&mut admission, 42_000), Verdict::TooLate);
+        // One of another process's time is left alone all the same.
+        assert!(admission.end_first("bb", reason, Some(lease()), 50_000));
+        let deadlines = lease().deadlines(-1);
+        assert_eq!(admission.judge("bb", deadlines, Some(lease()), 50_000), Verdict::NotOurTime);
+        // What is here ends by itself.
+        assert_eq!(admission.judge("bc", lease().deadlines(50_000), None, 50_000), Verdict::Start);
+        assert!(admission.end_first("bc", reason, None, 50_001));
+        assert!(!admission.ended.contains_key("bc"));
+    }
+
+    #[test]
+    fn the_number_of_ends_that_came_first_is_bounded() {
+        let mut admission = Admission::new(0);
+        let mut end =
+            |n: usize| admission.end_first(&format!("ba-{n}"), TerminationReason::External, None, 1);
+        assert!((0..BACKENDS_MAX).all(&mut end));
+        assert!(!end(BACKENDS_MAX));
+        assert!(end(0), "known already");
     }
 
     #[test]

@@ -525,6 +525,13 @@ impl Agent {
                 let grace_until = self.clock.now_ms().saturating_add(GRACE_MS);
                 if !self.end(&backend_id, kind, reason, grace_until) {
                     debug!(backend = backend_id, "asked to end a backend that is not here, or is over");
+                    let now = self.clock.now_ms();
+                    // Its spawn may have been put off, and come again. Without room to remember it this comes again too.
+                    if !self.backends.contains_key(&backend_id)
+                        && !self.admission.end_first(&backend_id, reason, self.lease, now)
+                    {
+                        return;
+                    }
                 }
             }
         }
@@ -569,6 +576,7 @@ impl Agent {
                 );
                 return;
             }
+            Verdict::Ended(reason) => return refuse(self, reason, "it was to end before it came"),
             Verdict::Full => return refuse(self, TerminationReason::InternalError, "too many backends"),
         }
         if self.stopping.is_some() {

@@ -365,6 +365,46 @@ async fn nothing_is_started_before_it_is_known_which_keys_are_still_held() {
 }
 
 #[tokio::test]
+async fn a_backend_whose_end_is_asked_for_while_its_spawn_is_put_off_is_not_started_later() {
+    let mut fake = Fake::start(long()).await;
+    let dir = tempfile::tempdir().unwrap();
+    let backend = "ba-unheld-too";
+    let (drone, _conn) = running(&mut fake, dir.path(), backend, FOREVER).await;
+    kill9(drone);
+    let _next = Drone::start(&fake.url, dir.path());
+    let mut conn = fake.conn().await;
+    conn.renew = false;
+    conn.renewal().await;
+    conn.spawn("ba-put-off", FOREVER).await;
+    let end = Action::Terminate { kind: TerminationKind::Soft, reason: TerminationReason::External };
+    conn.act("end-put-off", "ba-put-off", end);
+    conn.until("the end's acknowledgement", |message| match message {
+        MessageFromDrone::AckAction { action_id } => {
+            assert_eq!(action_id, "end-put-off", "the spawn is put off");
+            Some(())
+        }
+        _ => None,
+    })
+    .await;
+    refuse(&conn, backend);
+    terminated(&mut conn, backend).await;
+    conn.spawn("ba-put-off", FOREVER).await;
+    let state = terminated(&mut conn, "ba-put-off").await;
+    assert!(
+        matches!(
+            state,
+            BackendState::Terminated {
+                last_status: BackendStatus::Scheduled,
+                reason: Some(TerminationReason::External),
+                ..
+            }
+        ),
+        "{state:?}"
+    );
+    assert_eq!(alive("ba-put-off"), 0);
+}
+
+#[tokio::test]
 async fn an_end_that_was_begun_goes_on_under_the_successor() {
     let mut fake = Fake::start(long()).await;
     let dir = tempfile::tempdir().unwrap();
