@@ -65,9 +65,9 @@ impl Store {
     }
 
     /// Why this replica is not ready, as far as it knows without asking anybody: it has failed, or its disk is full or
-    /// stuck.
+    /// stuck, or it was named and has heard nothing since.
     pub fn not_ready(&self) -> Option<String> {
         let failed = self.inner.failed.borrow().clone();
-        failed.or_else(|| self.inner.disk.unfit().map(|why| why.to_string()))
+        failed.or_else(|| self.inner.disk.unfit().map(|why| why.to_string())).or_else(|| self.not_heard_yet())
     }
 }

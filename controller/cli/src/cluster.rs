@@ -5,8 +5,8 @@ use crate::error::CliError;
 use crate::format::{clean, time};
 use crate::output::{Column, Out, fields, table};
 use futures::future::join_all;
-use holdfast_client::wire::http::{AddMember, ClusterInfo, DrainResult, MemberInfo};
-use holdfast_client::{Client, RequestOptions};
+use holdfast_client::wire::http::{ClusterInfo, DrainResult, InitCluster, MemberInfo, SetMember};
+use holdfast_client::{Client, ClientError, RequestOptions};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -37,9 +37,17 @@ pub(crate) async fn run(
     match command {
         ClusterCommand::Status => {}
         ClusterCommand::Members => return members(client, urls, out).await,
-        ClusterCommand::Add { id, peer_addr, wait, wait_timeout_ms } => {
+        ClusterCommand::Init { members, lease } => {
+            return init(client, urls, &InitCluster { members, lease }, out).await;
+        }
+        ClusterCommand::Add { peer_addr, wait, wait_timeout_ms } => {
             let wait_ms = wait.then_some(wait_timeout_ms);
-            return add(client, id, peer_addr, wait_ms, out).await;
+            return add(client, peer_addr, wait_ms, out).await;
+        }
+        ClusterCommand::Move { id, peer_addr } => {
+            let text = format!("member {id} is reached at {peer_addr} from now on");
+            let done = client.set_member(&SetMember { id: Some(id), peer_addr }).await?;
+            return said(out, &done, &text);
         }
         ClusterCommand::Remove { id } => {
             let done = client.remove_member(id).await?;
@@ -62,15 +70,31 @@ async fn members(client: &Client, urls: &[String], out: &Out) -> Result<(), CliE
     if out.json { out.json(&info.members) } else { out.text(&member_table(&info, &answers)) }
 }
 
-async fn add(
-    client: &Client,
-    id: u64,
-    peer_addr: String,
-    wait_ms: Option<u64>,
-    out: &Out,
-) -> Result<(), CliError> {
-    let member = AddMember { id, peer_addr, joining: false, protocol: 0 };
-    let mut done = client.set_member(&member).await?;
+/// Asks the first controller that can be reached: an interrupted init must be repeated at the same one.
+async fn init(client: &Client, urls: &[String], init: &InitCluster, out: &Out) -> Result<(), CliError> {
+    let mut unreachable = None;
+    for url in urls {
+        match client.init_at(url, init).await {
+            Ok(formed) => {
+                let members: Vec<String> = formed
+                    .members
+                    .iter()
+                    .map(|member| format!("{} at {}", member.id, member.peer_addr))
+                    .collect();
+                let text = format!("cluster {} is formed: {}", formed.cluster_id, members.join(", "));
+                return said(out, &formed, &text);
+            }
+            Err(error @ ClientError::Unreachable { .. }) => unreachable = Some(error),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Err(unreachable
+        .map_or_else(|| CliError::Usage("--controller names no controller".to_owned()), Into::into))
+}
+
+async fn add(client: &Client, peer_addr: String, wait_ms: Option<u64>, out: &Out) -> Result<(), CliError> {
+    let mut done = client.set_member(&SetMember { id: None, peer_addr }).await?;
+    let id = done.id;
     let until = wait_ms.map(|ms| Instant::now() + Duration::from_millis(ms));
     while done.role == "learner" && until.is_some_and(|until| Instant::now() < until) {
         tokio::time::sleep(WAIT_POLL).await;
@@ -173,7 +197,11 @@ fn shown(info: &ClusterInfo, answers: &[bool]) -> String {
         ("lease", info.lease.map(|lease| lease.to_string()).unwrap_or_default()),
         ("checksum", format!("{:016x} at index {}", info.checksum.value, info.checksum.index)),
     ]);
-    format!("{head}\n\n{}", member_table(info, answers))
+    let mut text = format!("{head}\n\n{}", member_table(info, answers));
+    for (member, problem) in info.members.iter().filter_map(|m| m.problem.as_ref().map(|p| (m.id, p))) {
+        text.push_str(&format!("\nmember {member}: {}", clean(problem)));
+    }
+    text
 }
 
 fn member_table(info: &ClusterInfo, answers: &[bool]) -> String {

@@ -43,6 +43,8 @@ fn member(member: MemberStatus, status: &ReplicaStatus) -> MemberInfo {
         id: member.id,
         url: member.url,
         peer_addr: member.peer_addr,
+        identity: member.identity.to_string(),
+        problem: member.problem,
         role: role.to_owned(),
         last_log,
         applied: itself.then_some(status.applied),
@@ -113,6 +115,7 @@ fn not_the_leader(status: &ReplicaStatus) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use raft_store::DiskIdentity;
 
     fn replica(leader: Option<u64>) -> ReplicaStatus {
         ReplicaStatus {
@@ -128,7 +131,15 @@ mod tests {
     }
 
     fn other(voter: bool, last_log: Option<u64>) -> MemberStatus {
-        MemberStatus { id: 2, peer_addr: "a:1".into(), url: None, voter, last_log }
+        MemberStatus {
+            id: 2,
+            peer_addr: "a:1".into(),
+            identity: DiskIdentity::default(),
+            problem: None,
+            url: None,
+            voter,
+            last_log,
+        }
     }
 
     #[test]

@@ -67,6 +67,11 @@ impl MemberIdsRecord {
         });
     }
 
+    /// The largest id that was ever used; 0 if none was.
+    pub fn largest(&self) -> u64 {
+        self.ranges.last().map_or(0, |(_, last)| *last)
+    }
+
     /// How many ranges there are; at most [`crate::limits::MEMBER_ID_RANGES_MAX`], which the leader keeps.
     pub fn ranges(&self) -> &[(u64, u64)] {
         &self.ranges
@@ -288,9 +293,6 @@ pub struct RestoredRecord {
     pub from_cluster_id: String,
     /// Log index of the backup.
     pub from_index: u64,
-    /// What the new cluster's id begins with: the same on all members that were restored from one backup with the same
-    /// arguments, and on no others.
-    pub id_prefix: String,
     /// Lease durations of the backup.
     pub lease: LeaseConfig,
     /// How long terminated backends are kept, in milliseconds of cluster time.

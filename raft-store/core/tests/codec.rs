@@ -321,7 +321,6 @@ fn the_bytes_are_those_of_the_fixture_and_nothing_else_decodes() {
     let restored = RestoredRecord {
         from_cluster_id: "cluster-1".to_owned(),
         from_index: 77,
-        id_prefix: "restored-0123456789abcdef-".to_owned(),
         lease: LEASE,
         terminated_keep_ms: 3_600_000,
         quarantine_ms: 60_000,

@@ -3,9 +3,10 @@
 use super::client::{RpcClient, RpcError, connect};
 use super::hold::{COMMIT_HOLD, Hold};
 use super::wire::{
-    Append, Mode, Reply, Request, SnapshotBegin, SnapshotHeader, SnapshotReply, StreamReply, VoteAsk,
+    Append, AppendReply, Mode, Reply, Request, SnapshotBegin, SnapshotHeader, SnapshotReply, StreamReply,
+    VoteAsk,
 };
-use super::{APPENDS_IN_FLIGHT_MAX, Directory, Frames, SNAPSHOT_CHUNK_BYTES, SNAPSHOT_STALL};
+use super::{APPENDS_IN_FLIGHT_MAX, Directory, Frames, Problem, SNAPSHOT_CHUNK_BYTES, SNAPSHOT_STALL};
 use crate::incoming::checksum_before;
 use crate::snapshots::Snapshots;
 use crate::state_machine::SnapshotData;
@@ -48,11 +49,11 @@ pub struct PeerFactory {
 impl PeerFactory {
     fn client(&self, target: u64, node: &Member, pipelined: bool) -> PeerNetwork {
         PeerNetwork {
-            rpc: RpcClient::new(self.directory.clone(), target, node.peer_addr.clone()),
+            rpc: RpcClient::new(self.directory.clone(), target, node.clone()),
             directory: self.directory.clone(),
             snapshots: self.snapshots.clone(),
             target,
-            addr: node.peer_addr.clone(),
+            node: node.clone(),
             pipelined,
             append_timeout: self.append_timeout,
         }
@@ -78,7 +79,7 @@ pub struct PeerNetwork {
     directory: Arc<Directory>,
     snapshots: Arc<Snapshots>,
     target: u64,
-    addr: String,
+    node: Member,
     pipelined: bool,
     append_timeout: Duration,
 }
@@ -106,41 +107,61 @@ impl PeerNetwork {
         S: Stream<Item = AppendEntriesRequest<C>> + OptionalSend + Unpin + 'static,
     {
         let frames =
-            connect(&self.directory, self.target, &self.addr, Mode::Append).await.map_err(unreachable)?;
+            connect(&self.directory, self.target, &self.node, Mode::Append).await.map_err(unreachable)?;
         let (sink, replies) = frames.split();
         let (under_way, sent) = mpsc::channel(APPENDS_IN_FLIGHT_MAX);
         let hurry = self.directory.hurry(self.target);
         let writer =
             AbortOnDropHandle::new(tokio::spawn(write_appends(input, sink, under_way, hurry, COMMIT_HOLD)));
-        let state = Pipeline { sent, replies, _writer: writer };
+        let state = Pipeline {
+            sent,
+            replies,
+            directory: self.directory.clone(),
+            target: self.target,
+            _writer: writer,
+        };
         let timeout = self.append_timeout;
         Ok(Box::pin(futures::stream::unfold(Some(state), move |state| async move {
             let mut state = state?;
             // The end of the input with nothing under way is the end of the answers.
             let item = match state.sent.recv().await? {
-                Ok(()) => state.next_reply(timeout).await,
+                Ok(term) => state.next_reply(term, timeout).await,
                 Err(error) => Err(network(error)),
             };
-            let go_on = matches!(item, Ok(Ok(_)));
-            Some((item, go_on.then_some(state)))
+            let continues = matches!(item, Ok(Ok(_)));
+            Some((item, continues.then_some(state)))
         })))
     }
 }
 
 struct Pipeline {
-    sent: mpsc::Receiver<Result<(), String>>,
+    /// The term of each request that was sent, in order.
+    sent: mpsc::Receiver<Result<u64, String>>,
     replies: futures::stream::SplitStream<Frames>,
+    directory: Arc<Directory>,
+    target: u64,
     _writer: AbortOnDropHandle<()>,
 }
 
 impl Pipeline {
-    async fn next_reply(&mut self, timeout: Duration) -> StreamItem {
-        match tokio::time::timeout(timeout, self.replies.next()).await {
-            Err(_) => Err(network(format!("an append was not answered within {} ms", timeout.as_millis()))),
-            Ok(None) => Err(network("the append connection was closed")),
-            Ok(Some(Err(error))) => Err(network(error)),
-            Ok(Some(Ok(frame))) => decode::<StreamReply>(&frame).map(Into::into).map_err(network),
+    async fn next_reply(&mut self, term: u64, timeout: Duration) -> StreamItem {
+        let reply: StreamReply = match tokio::time::timeout(timeout, self.replies.next()).await {
+            Err(_) => {
+                let waited_ms = timeout.as_millis();
+                return Err(network(format!("an append was not answered within {waited_ms} ms")));
+            }
+            Ok(None) => return Err(network("the append connection was closed")),
+            Ok(Some(Err(error))) => return Err(network(error)),
+            Ok(Some(Ok(frame))) => decode(&frame).map_err(network)?,
+        };
+        match &reply {
+            StreamReply::Matching(Some(upto)) => self.directory.acknowledged(self.target, term, upto.index),
+            StreamReply::Conflict(at) if self.directory.has_lost(self.target, term, at.index) => {
+                return Err(unreachable(Problem::LostAcknowledged));
+            }
+            _ => {}
         }
+        Ok(reply.into())
     }
 }
 
@@ -148,7 +169,7 @@ impl Pipeline {
 async fn write_appends<S>(
     mut input: S,
     mut sink: impl Sink<Bytes, Error = io::Error> + Unpin,
-    under_way: mpsc::Sender<Result<(), String>>,
+    under_way: mpsc::Sender<Result<u64, String>>,
     hurry: Arc<Notify>,
     hold_for: Duration,
 ) where
@@ -189,10 +210,13 @@ async fn write_appends<S>(
 async fn write_append(
     request: &AppendEntriesRequest<C>,
     sink: &mut (impl Sink<Bytes, Error = io::Error> + Unpin),
-    under_way: &mpsc::Sender<Result<(), String>>,
+    under_way: &mpsc::Sender<Result<u64, String>>,
 ) -> Result<(), String> {
     let encoded = encode(&Append::of(request).map_err(|e| e.to_string())?);
-    under_way.send(Ok(())).await.map_err(|_| "nobody reads the answers".to_owned())?;
+    under_way
+        .send(Ok(request.vote.leader_id.term))
+        .await
+        .map_err(|_| "nobody reads the answers".to_owned())?;
     sink.send(Bytes::from(encoded)).await.map_err(|e| e.to_string())
 }
 
@@ -206,6 +230,14 @@ impl RaftNetworkV2<C> for PeerNetwork {
     ) -> Result<AppendEntriesResponse<C>, RPCError<C>> {
         let request = Request::Append(Append::of(&rpc).map_err(network)?);
         match self.ask(&request, option.hard_ttl()).await? {
+            // A heartbeat: its previous entry is the last one that this follower acknowledged.
+            Reply::Append(AppendReply::Conflict) => {
+                let (term, prev) = (rpc.vote.leader_id.term, rpc.prev_log_id.map_or(0, |prev| prev.index));
+                if self.directory.has_lost(self.target, term, prev) {
+                    return Err(unreachable(Problem::LostAcknowledged));
+                }
+                Ok(AppendReply::Conflict.into())
+            }
             Reply::Append(reply) => Ok(reply.into()),
             other => Err(network(format!("an append was answered with {other:?}"))),
         }
@@ -253,7 +285,7 @@ impl RaftNetworkV2<C> for PeerNetwork {
         _option: RPCOption,
     ) -> Result<SnapshotResponse<C>, StreamingError<C>> {
         let send = async {
-            let frames = connect(&self.directory, self.target, &self.addr, Mode::Snapshot)
+            let frames = connect(&self.directory, self.target, &self.node, Mode::Snapshot)
                 .await
                 .map_err(|e| StreamingError::Unreachable(Unreachable::from_string(e)))?;
             self.send_snapshot(frames, vote, &snapshot)
@@ -399,7 +431,7 @@ mod tests {
         requests: UnboundedSender<AppendEntriesRequest<C>>,
         frames: UnboundedReceiver<Bytes>,
         hurry: Arc<Notify>,
-        _under_way: mpsc::Receiver<Result<(), String>>,
+        _under_way: mpsc::Receiver<Result<u64, String>>,
     }
 
     fn connection(hold_for: Duration) -> Connection {

@@ -1,12 +1,17 @@
 //! Serving the peers.
 
+use super::hello::{Seen, Sender, judge};
 use super::wire::{
-    Append, Hello, HelloReply, Mode, PROTOCOL, ProposeRefusal, ProposedReply, ReadIndexReply, Reply, Request,
-    SnapshotBegin, SnapshotHeader, SnapshotReply, StreamReply, VoteReply,
+    Append, Mode, Opening, OpeningReply, ProposeRefusal, ProposedReply, ReadIndexReply, Refusal, Reply,
+    Request, SnapshotBegin, SnapshotHeader, SnapshotReply, StreamReply,
 };
-use super::{APPENDS_IN_FLIGHT_MAX, CONNECT_TIMEOUT, Directory, Frames, SNAPSHOT_STALL, frames};
+use super::{
+    APPENDS_IN_FLIGHT_MAX, CONNECT_TIMEOUT, Directory, FRAME_BYTES_MAX, Frames, OPENING_BYTES_MAX,
+    SNAPSHOT_STALL, frames,
+};
 use crate::api::{MemberChange, MemberChanged, MemberError};
 use crate::incoming::{Incoming, Partial};
+use crate::membership::naming::{Me, Naming};
 use crate::snapshots::{SnapshotDir, Snapshots};
 use crate::state_machine::StateMachine;
 use crate::types::{SnapshotMeta, Stamper, TypeConfig};
@@ -65,6 +70,8 @@ pub trait Forwarded: Send + Sync + 'static {
 pub struct PeerServer<F> {
     /// What we tell the peers.
     pub directory: Arc<Directory>,
+    /// The name of this member.
+    pub naming: Naming,
     /// The replica.
     pub raft: Raft,
     /// The replica's own services.
@@ -115,25 +122,36 @@ impl<F: Forwarded> PeerServer<F> {
     }
 
     async fn serve(self: &Arc<Self>, stream: TcpStream) -> io::Result<()> {
-        let mut frames = frames(stream);
-        let first = tokio::time::timeout(CONNECT_TIMEOUT, frames.next())
-            .await
-            .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "no hello"))?
-            .ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))??;
-        let hello: Hello = decode(&first).map_err(io::Error::other)?;
-        if let Err(why) = self.check(&hello) {
-            tracing::warn!(from = hello.from, %why, "refused a peer");
-            frames.send(Bytes::from(encode(&HelloReply::Refused(why.clone())))).await?;
-            return Err(io::Error::other(why));
+        let (mut frames, opening) = receive_opening(stream).await?;
+        let directory = &self.directory;
+        let hello = match opening {
+            Opening::Hello(hello) => hello,
+            // A name is given once. Who asks for another sees in the answer which one this is.
+            Opening::Identify | Opening::Bind(_) => {
+                let (identity, naming) = (directory.me.disk.identity, Some(self.naming.clone()));
+                return reply(&mut frames, &OpeningReply::Identified { identity, naming }).await;
+            }
+        };
+        let sender = Sender {
+            recorded: directory.standing.member(hello.from).map(|member| member.identity),
+            removed: directory.standing.is_gone(hello.from),
+            seen: directory.seen(hello.from),
+        };
+        let now = Seen { start: hello.start, process: hello.process };
+        let judged = judge(&directory.me, &hello, &sender).and_then(|()| {
+            let newest = directory.saw(hello.from, now);
+            newest.then_some(()).ok_or(Refusal::SetBack(now.start))
+        });
+        if let Err(refusal) = judged {
+            tracing::warn!(from = hello.from, disk = %hello.from_identity, %refusal, "refused a peer");
+            reply(&mut frames, &OpeningReply::Refused(refusal.clone())).await?;
+            return Err(io::Error::other(refusal));
         }
-        if hello.cluster_id.is_some() && self.directory.standing.is_gone(hello.from) {
-            frames.send(Bytes::from(encode(&HelloReply::Removed))).await?;
-            return Err(io::Error::other(format!("member {} was removed", hello.from)));
-        }
-        self.directory.learn(hello.from, &hello.url);
-        let welcome =
-            HelloReply::Welcome { url: self.directory.url.clone(), cluster_id: self.directory.cluster_id() };
-        frames.send(Bytes::from(encode(&welcome))).await?;
+        directory.learn(hello.from, &hello.url);
+        let Me { disk, process, .. } = directory.me;
+        let (identity, start) = (disk.identity, disk.start);
+        let welcome = OpeningReply::Welcome { identity, start, process, url: directory.url.clone() };
+        reply(&mut frames, &welcome).await?;
         let served = async {
             match hello.mode {
                 Mode::Rpc => self.serve_rpc(frames, hello.from).await,
@@ -143,31 +161,8 @@ impl<F: Forwarded> PeerServer<F> {
         };
         tokio::select! {
             served = served => served,
-            () = self.directory.standing.until_gone(hello.from) => Ok(()),
-        }
-    }
-
-    fn check(&self, hello: &Hello) -> Result<(), String> {
-        if hello.protocol != PROTOCOL {
-            return Err(format!("protocol {} is not spoken here, only {PROTOCOL}", hello.protocol));
-        }
-        if hello.to != self.directory.id {
-            return Err(format!("this is member {}, not {}", self.directory.id, hello.to));
-        }
-        self.directory.compare_cluster(hello.cluster_id.as_deref())
-    }
-
-    /// The answer to a (pre-)vote of a member that must not vote yet.
-    fn banned(&self) -> Option<Reply> {
-        let metrics = self.raft.metrics();
-        let metrics = metrics.borrow_watched();
-        let applied = metrics.last_applied.map_or(0, |id| id.index);
-        match self.directory.rejoin.may_vote(applied) {
-            Ok(true) => None,
-            Ok(false) => {
-                Some(Reply::Vote(VoteReply { vote: metrics.vote.into(), granted: false, last_log_id: None }))
-            }
-            Err(error) => Some(Reply::Failed(error.to_string())),
+            () = directory.standing.until_gone(hello.from) => Ok(()),
+            () = directory.until_newer(hello.from, now) => Ok(()),
         }
     }
 
@@ -218,15 +213,9 @@ impl<F: Forwarded> PeerServer<F> {
     }
 
     async fn handle(&self, request: Request) -> Reply {
-        if matches!(request, Request::Vote(_) | Request::PreVote(_))
-            && let Some(refusal) = self.banned()
-        {
-            return refusal;
-        }
         match request {
             Request::Append(append) => {
                 self.directory.heard_leader(append.vote.term, append.vote.node);
-                self.directory.rejoin.heard_leader(append.commit.map(|at| at.index));
                 let request = match append.into_request() {
                     Ok(request) => request,
                     Err(error) => return Reply::Failed(error.to_string()),
@@ -281,7 +270,6 @@ impl<F: Forwarded> PeerServer<F> {
             while let Some(frame) = stream.next().await {
                 let append: Append = decode(&frame?).map_err(io::Error::other)?;
                 self.directory.heard_leader(append.vote.term, append.vote.node);
-                self.directory.rejoin.heard_leader(append.commit.map(|at| at.index));
                 let request = append.into_request().map_err(io::Error::other)?;
                 if requests.send(request).await.is_err() {
                     break;
@@ -419,6 +407,23 @@ impl<F: Forwarded> PeerServer<F> {
         }
         Ok(partial)
     }
+}
+
+/// Frames a connection and receives what it opens with.
+pub(crate) async fn receive_opening(stream: TcpStream) -> io::Result<(Frames, Opening)> {
+    let mut frames = frames(stream);
+    frames.codec_mut().set_max_frame_length(OPENING_BYTES_MAX);
+    let first = tokio::time::timeout(CONNECT_TIMEOUT, frames.next())
+        .await
+        .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "no hello"))?
+        .ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))??;
+    frames.codec_mut().set_max_frame_length(FRAME_BYTES_MAX);
+    Ok((frames, decode(&first).map_err(io::Error::other)?))
+}
+
+/// Answers an opening.
+pub(crate) async fn reply(frames: &mut Frames, reply: &OpeningReply) -> io::Result<()> {
+    frames.send(Bytes::from(encode(reply))).await
 }
 
 /// The next frame of a snapshot; an error if none comes, or another transfer takes over.

@@ -515,6 +515,12 @@ pub struct MemberInfo {
     pub url: Option<String>,
     /// Its peer address.
     pub peer_addr: String,
+    /// Identity of the disk that the id belongs to, hexadecimal.
+    #[serde(default)]
+    pub identity: String,
+    /// What keeps the answering controller from talking to it, and what to do; absent if nothing does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
     /// `leader`, `follower`, `learner` or `unknown`.
     pub role: String,
     /// Last log index known here.
@@ -525,19 +531,42 @@ pub struct MemberInfo {
     pub lag: Option<u64>,
 }
 
+/// POST `/ctrl/cluster/init`, to a waiting controller.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InitCluster {
+    /// Peer addresses of the members, `HOST:PORT`; their ids will be 1..n in this order.
+    pub members: Vec<String>,
+    /// Lease durations; the defaults if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease: Option<crate::lease::LeaseConfig>,
+}
+
+/// The cluster that an init formed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InitResult {
+    /// The cluster's id.
+    pub cluster_id: String,
+    /// Its members.
+    pub members: Vec<NewMember>,
+}
+
+/// A member of a new cluster.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewMember {
+    /// Member id.
+    pub id: u64,
+    /// Where its peers reach it.
+    pub peer_addr: String,
+}
+
 /// POST `/ctrl/cluster/members`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct AddMember {
-    /// Member id: one that no member ever had, or the member whose address changes.
-    pub id: u64,
+pub struct SetMember {
+    /// The member whose address changes; absent to add the process that waits at the address, which gets the next id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<u64>,
     /// Where its peers reach it, `HOST:PORT`.
     pub peer_addr: String,
-    /// Said by a member that asks for itself and has an empty data directory.
-    #[serde(default)]
-    pub joining: bool,
-    /// Version of the peer protocol that it speaks; 0 if that is not said.
-    #[serde(default)]
-    pub protocol: u32,
 }
 
 /// What became of a member.

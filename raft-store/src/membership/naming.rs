@@ -1,0 +1,141 @@
+//! Who a process is. Its disk says so, not its command line: an id belongs to the disk that the votes are on.
+//!
+//! ```text
+//!   new data directory ──first start──▶ waiting ──Bind, synced──▶ named ──▶ a member for as long as the disk lives
+//!                                      (identity)              (cluster id, member id)
+//! ```
+//!
+//! All of it is in the database of the log, beside the vote and the entries. So a disk that is lost takes the name with it:
+//! what starts on the emptied disk is one more waiting process, which nothing that was promised under the old id can be
+//! asked of.
+
+use bincode::{Decode, Encode};
+use holdfast_wire::LeaseConfig;
+use std::fmt;
+
+/// Longest id of a cluster, in bytes.
+const CLUSTER_ID_BYTES_MAX: usize = 64;
+/// Largest member id: it is a JSON number too.
+pub const MEMBER_ID_MAX: u64 = (1 << 53) - 1;
+
+/// A random number that is written with the database of the log when that is made, and lost only with it.
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode)]
+pub struct DiskIdentity(u128);
+
+impl DiskIdentity {
+    /// A new one.
+    pub fn random() -> Self {
+        Self(rand::random())
+    }
+}
+
+impl fmt::Display for DiskIdentity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+impl fmt::Debug for DiskIdentity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// What the log's database knows of itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Disk {
+    /// See there.
+    pub identity: DiskIdentity,
+    /// How often it has been opened. A peer that has seen a larger one knows a copied or set-back directory by it.
+    pub start: u64,
+}
+
+/// Which member of which cluster a disk is. Written once and never changed.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Naming {
+    /// The cluster.
+    pub cluster_id: String,
+    /// The id in it.
+    pub member_id: u64,
+    /// Of the members that `cluster init` named: what the cluster is formed with.
+    pub founding: Option<Founding>,
+}
+
+/// What `cluster init` said. Each of the founding members has it, so that each of them can lead first.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Founding {
+    /// Peer addresses of the founding members; their ids are 1..n in this order.
+    pub members: Vec<String>,
+    /// Id of the one that the operator asked, and that alone writes the initial membership.
+    pub coordinator: u64,
+    /// Lease durations of the new cluster.
+    pub lease: LeaseConfig,
+    /// How long terminated backends are kept, in milliseconds of cluster time.
+    pub terminated_keep_ms: u64,
+    /// Disk identities in the order of `members`, once all of them have answered. Only the coordinator has them, and
+    /// with them it writes the initial membership.
+    pub identities: Vec<DiskIdentity>,
+}
+
+impl Naming {
+    /// Whether this disk began an init that has not been answered by everybody yet.
+    pub fn is_unfinished_init(&self) -> bool {
+        self.founding
+            .as_ref()
+            .is_some_and(|founding| founding.coordinator == self.member_id && founding.identities.is_empty())
+    }
+
+    /// Whether it is one that a member can have sent.
+    pub fn is_plausible(&self) -> bool {
+        (1..=CLUSTER_ID_BYTES_MAX).contains(&self.cluster_id.len())
+            && (1..=MEMBER_ID_MAX).contains(&self.member_id)
+    }
+
+    /// Whether both name the same member of the same cluster.
+    pub fn is_same_member(&self, other: &Self) -> bool {
+        self.cluster_id == other.cluster_id && self.member_id == other.member_id
+    }
+}
+
+impl Founding {
+    /// Address of the member that was asked.
+    pub fn coordinator_addr(&self) -> &str {
+        let place = usize::try_from(self.coordinator).ok().and_then(|id| id.checked_sub(1));
+        place.and_then(|place| self.members.get(place)).map_or("an unknown address", String::as_str)
+    }
+}
+
+/// A named process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Me {
+    /// Member id.
+    pub id: u64,
+    /// The cluster's id.
+    pub cluster_id: String,
+    /// The disk.
+    pub disk: Disk,
+    /// Random number of this process: tells two processes on copies of one directory apart.
+    pub process: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_init_is_unfinished_until_its_coordinator_has_all_identities() {
+        let founding = |coordinator, identities: usize| Founding {
+            members: vec!["a:1".into(), "b:2".into()],
+            coordinator,
+            lease: LeaseConfig::default(),
+            terminated_keep_ms: 0,
+            identities: vec![DiskIdentity::random(); identities],
+        };
+        let named = |founding| Naming { cluster_id: "c".into(), member_id: 2, founding };
+        assert!(named(Some(founding(2, 0))).is_unfinished_init());
+        assert!(!named(Some(founding(2, 2))).is_unfinished_init());
+        assert!(!named(Some(founding(1, 0))).is_unfinished_init());
+        assert!(!named(None).is_unfinished_init());
+        assert_eq!(founding(2, 0).coordinator_addr(), "b:2");
+    }
+}
