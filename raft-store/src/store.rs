@@ -12,6 +12,7 @@ use crate::keeper;
 use crate::log_files::sync_parent;
 use crate::log_store::LogStore;
 use crate::membership;
+use crate::membership::Standing;
 use crate::membership::init::InitError;
 use crate::membership::naming::{DiskIdentity, Founding, Me, Naming};
 use crate::membership::waiting::{Opened, Waiting};
@@ -237,14 +238,20 @@ impl Store {
 
         let applied = watch::Sender::new(AppliedTo::default());
         let applied_rx = applied.subscribe();
-        let effects = Arc::new(Effects::default());
-        let machine =
-            StateMachine::new(state.clone(), snapshots.clone(), stamper.clone(), applied, effects.clone())
-                .map_err(|e| storage("reading the state", &state_dir)(e.to_string()))?;
+        let (effects, members) = (Arc::new(Effects::default()), watch::Sender::default());
+        let machine = StateMachine::new(
+            state.clone(),
+            snapshots.clone(),
+            stamper.clone(),
+            applied,
+            members.clone(),
+            effects.clone(),
+        )
+        .map_err(|e| storage("reading the state", &state_dir)(e.to_string()))?;
         let me = Me { id: naming.member_id, cluster_id: naming.cluster_id.clone(), disk: log.disk().clone() };
         let id = me.id;
         tracing::info!(id, cluster = %me.cluster_id, disk = %me.disk.identity, start = me.disk.starts.last().number, "this is a member");
-        let directory = Arc::new(Directory::new(me, config.advertise_url.clone()));
+        let directory = Arc::new(Directory::new(me, config.advertise_url.clone(), Standing::new(members)));
         let network = PeerFactory {
             directory: directory.clone(),
             snapshots: snapshots.clone(),

@@ -134,12 +134,12 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Directory {
     /// A directory that knows this member only.
-    pub fn new(me: Me, url: String) -> Self {
+    pub fn new(me: Me, url: String, standing: Standing) -> Self {
         let urls = Mutex::new(BTreeMap::from([(me.id, url.clone())]));
         Self {
             me,
             url,
-            standing: Standing::default(),
+            standing,
             urls,
             leader: Mutex::default(),
             seen: watch::Sender::default(),
@@ -292,7 +292,7 @@ mod tests {
     fn directory() -> Directory {
         let disk = Disk { identity: DiskIdentity::default(), starts: Starts::default() };
         let me = Me { id: 1, cluster_id: "c".into(), disk };
-        Directory::new(me, "http://a".into())
+        Directory::new(me, "http://a".into(), Standing::new(watch::Sender::default()))
     }
 
     #[test]
