@@ -12,8 +12,9 @@
 //! the id given to another.
 //!
 //! *What survives a change of leader.* All of it is in the membership entries of the log: a learner is there to be promoted
-//! and for nothing else, so each leader promotes every learner that has caught up ([`Step::Promote`]); a joint membership
-//! whose leader was lost is completed by the next one ([`Step::Flatten`]).
+//! and for nothing else, so each leader promotes every learner that has caught up ([`Step::Promote`]), while so many voters
+//! answer that its vote is not needed; a joint membership whose leader was lost is completed by the next one
+//! ([`Step::Flatten`]).
 //!
 //! *Used ids.* Applying a membership entry records the ids in it ([`holdfast_core::records::MemberIdsRecord`]); the record
 //! is part of every snapshot. An id that is recorded and not in the membership was removed. A change is proposed only on top
@@ -152,6 +153,7 @@ struct Seen<'a> {
     committed: bool,
     joint: bool,
     learners: &'a [u64],
+    voters: &'a [u64],
     last_log: u64,
     matched: &'a dyn Fn(u64) -> Option<u64>,
     answers: &'a dyn Fn(u64) -> bool,
@@ -163,6 +165,13 @@ fn next_step(seen: &Seen<'_>) -> Step {
     }
     if seen.joint {
         return Step::Flatten;
+    }
+    // The new voter must never be needed for what makes it one: were its disk lost just then, a majority of the voters
+    // before it could not continue without it (the model found it).
+    let voters_then = seen.voters.len() + 1;
+    let wanted = seen.voters.len().min(voters_then / 2 + 1);
+    if seen.voters.iter().filter(|voter| (seen.answers)(**voter)).count() < wanted {
+        return Step::Nothing;
     }
     let caught_up = |id: &&u64| {
         let lag = (seen.matched)(**id).map(|at| seen.last_log.saturating_sub(at));
@@ -557,6 +566,7 @@ async fn lead(inner: &Inner) {
     let effective = metrics.membership_config.clone();
     let membership = effective.membership();
     let learners: Vec<u64> = membership.learner_ids().collect();
+    let voters: Vec<u64> = membership.voter_ids().collect();
     let matched = |id: u64| {
         metrics.replication.as_ref().and_then(|all| all.get(&id).copied().flatten()).map(|at| at.index)
     };
@@ -565,6 +575,7 @@ async fn lead(inner: &Inner) {
         committed: metrics.committed_membership_config.log_id() == effective.log_id(),
         joint: membership.get_joint_config().len() > 1,
         learners: &learners,
+        voters: &voters,
         last_log: metrics.last_log_index.unwrap_or(0),
         matched: &matched,
         answers: &answers,
@@ -620,7 +631,7 @@ mod tests {
         matched: &'a dyn Fn(u64) -> Option<u64>,
         answers: &'a dyn Fn(u64) -> bool,
     ) -> Seen<'a> {
-        Seen { committed, joint, learners: &[4, 5], last_log: 1_000, matched, answers }
+        Seen { committed, joint, learners: &[4, 5], voters: &[1, 2, 3], last_log: 1_000, matched, answers }
     }
 
     #[test]
@@ -639,6 +650,20 @@ mod tests {
             Step::Nothing,
             "nothing has arrived there"
         );
+    }
+
+    #[test]
+    fn a_learner_is_not_promoted_while_its_vote_would_be_needed() {
+        let near = |_| Some(1_000);
+        let step = |voters: &[u64], silent: u64| {
+            let answers = move |id| id != silent;
+            next_step(&Seen { voters, ..seen(true, false, &near, &answers) })
+        };
+        assert_eq!(step(&[1, 2, 3], 0), Step::Promote(4));
+        assert_eq!(step(&[1, 2, 3], 3), Step::Nothing, "3 of 4 are needed, and 2 answer");
+        assert_eq!(step(&[1, 2, 3, 6], 3), Step::Promote(4), "3 of 5 are needed");
+        assert_eq!(step(&[1], 0), Step::Promote(4), "a lone voter has no choice");
+        assert_eq!(step(&[1, 2], 2), Step::Nothing);
     }
 
     #[test]
