@@ -496,7 +496,7 @@ impl Store {
         let of_voters = voters.iter().filter_map(|voter| problems.get(voter));
         let lost_majority = lost_majority(voters.len(), of_voters);
         let problem = |member: u64| {
-            let problem = problems.get(&member)?;
+            let Some(problem) = problems.get(&member) else { return inner.directory.standing.awaits(member) };
             let lost = lost_majority.clone().filter(|_| *problem == Problem::LostDisk);
             Some(lost.unwrap_or_else(|| problem.to_string()))
         };
@@ -514,11 +514,10 @@ impl Store {
                 last_log: if *member == id {
                     metrics.last_log_index
                 } else {
-                    metrics
-                        .replication
-                        .as_ref()
-                        .and_then(|r| r.get(member).copied().flatten())
-                        .map(|at| at.index)
+                    // What a lost disk once had says nothing about what answers there now.
+                    let reached = problems.get(member).is_none();
+                    let replicated = metrics.replication.as_ref().filter(|_| reached);
+                    replicated.and_then(|r| r.get(member).copied().flatten()).map(|at| at.index)
                 },
             })
             .collect();

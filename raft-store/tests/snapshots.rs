@@ -542,8 +542,7 @@ async fn a_restored_cluster_waits_one_full_expiry_and_its_tokens_lie_beyond_all_
     new.add(2..=3).await;
     let drone_id_again = drone(new.store(2), "s2").await;
     assert_eq!(drone_id_again, drone_id, "a drone keeps its number");
-    let read = new.store(2).linearizable(DEADLINE).await.unwrap();
-    let cluster = read.view.cluster().unwrap().unwrap();
+    let cluster = new.store(2).linearizable(DEADLINE).await.unwrap().view.cluster().unwrap().unwrap();
     assert!(cluster.cluster_id == restored.cluster_id && cluster.cluster_id != backup.cluster_id);
     assert!(cluster.token_secret != old_secret && cluster.lease == old.lease);
     let progress = new.store(2).local().view.progress().unwrap();

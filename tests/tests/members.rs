@@ -399,6 +399,9 @@ async fn a_learner_becomes_a_voter_although_the_leader_that_added_it_dies() {
     cluster.leader_other_than(leader).await;
     cluster.wait_role(new, &["learner"]).await;
     open.store(true, std::sync::atomic::Ordering::SeqCst);
+    // Of four voters three would be needed, and two answer: the learner must not be the third.
+    cluster.wait_problem(new, "is no voter while voters").await;
+    cluster.restart_controller(leader);
     cluster.wait_role(new, &["follower", "leader"]).await;
     cluster.wait_controller(new).await;
     assert_equal_checksums(&cluster).await;

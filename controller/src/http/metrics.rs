@@ -124,11 +124,11 @@ pub fn store(text: &mut Text, of: &StoreMetrics) {
 
 /// What keeps this replica from talking to its peers. One sample for each member with a problem; members are few.
 fn peers(text: &mut Text, members: &[MemberStatus]) {
-    let name = "holdfast_peer_problem";
-    text.head(name, "gauge", "What keeps this replica from talking to a member.");
+    let name = "holdfast_member_problem";
+    text.head(name, "gauge", "What keeps this replica from talking to a member, and what to do.");
     for member in members {
         if let Some(problem) = &member.problem {
-            text.sample(name, &[("member", &member.id.to_string()), ("problem", problem)], 1);
+            text.sample(name, &[("member", &member.id.to_string()), ("reason", problem)], 1);
         }
     }
 }

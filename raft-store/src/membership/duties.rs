@@ -33,6 +33,8 @@ enum Step {
     Flatten,
     /// Make a learner that has caught up a voter.
     Promote(u64),
+    /// A learner has caught up, but its vote would be needed at once: too many voters do not answer.
+    Await { learner: u64, silent: Vec<u64> },
 }
 
 /// What [`next_step`] looks at.
@@ -53,18 +55,20 @@ fn next_step(seen: &Seen<'_>) -> Step {
     if seen.joint {
         return Step::Flatten;
     }
+    let caught_up = |id: u64| {
+        let lag = (seen.matched)(id).map(|at| seen.last_log.saturating_sub(at));
+        lag.is_some_and(|lag| lag <= PROMOTE_LAG_MAX) && (seen.answers)(id)
+    };
+    let Some(learner) = seen.learners.iter().copied().find(|id| caught_up(*id)) else { return Step::Nothing };
     // The new voter must never be needed for what makes it one: were its disk lost just then, a majority of the voters
     // before it could not continue without it (the model found it).
     let voters_then = seen.voters.len() + 1;
     let wanted = seen.voters.len().min(voters_then / 2 + 1);
-    if seen.voters.iter().filter(|voter| (seen.answers)(**voter)).count() < wanted {
-        return Step::Nothing;
+    let silent: Vec<u64> = seen.voters.iter().copied().filter(|voter| !(seen.answers)(*voter)).collect();
+    if seen.voters.len() - silent.len() < wanted {
+        return Step::Await { learner, silent };
     }
-    let caught_up = |id: &&u64| {
-        let lag = (seen.matched)(**id).map(|at| seen.last_log.saturating_sub(at));
-        lag.is_some_and(|lag| lag <= PROMOTE_LAG_MAX) && (seen.answers)(**id)
-    };
-    seen.learners.iter().find(caught_up).map_or(Step::Nothing, |id| Step::Promote(*id))
+    Step::Promote(learner)
 }
 
 pub(super) type Metrics = RaftMetrics<TypeConfig>;
@@ -172,6 +176,7 @@ pub async fn run(inner: Arc<Inner>) {
 async fn lead(inner: &Inner) {
     let metrics = inner.metrics();
     if !inner.leads(&metrics) || !inner.formed.load(Ordering::Acquire) {
+        inner.directory.standing.set_awaits(None);
         return;
     }
     let effective = metrics.membership_config.clone();
@@ -191,8 +196,18 @@ async fn lead(inner: &Inner) {
         matched: &matched,
         answers: &answers,
     });
+    let standing = &inner.directory.standing;
+    standing.set_awaits(match &step {
+        Step::Await { learner, silent } => Some((
+            *learner,
+            format!(
+                "has caught up, but is no voter while voters {silent:?} do not answer: start or remove them"
+            ),
+        )),
+        _ => None,
+    });
     let change = match step {
-        Step::Nothing => return,
+        Step::Nothing | Step::Await { .. } => return,
         Step::Flatten => ChangeMembers::AddVoterIds(BTreeSet::new()),
         Step::Promote(id) => ChangeMembers::AddVoterIds(BTreeSet::from([id])),
     };
@@ -271,9 +286,10 @@ mod tests {
             next_step(&Seen { voters, ..seen(true, false, &near, &answers) })
         };
         assert_eq!(step(&[1, 2, 3], 0), Step::Promote(4));
-        assert_eq!(step(&[1, 2, 3], 3), Step::Nothing, "3 of 4 are needed, and 2 answer");
+        let waits = step(&[1, 2, 3], 3);
+        assert_eq!(waits, Step::Await { learner: 4, silent: vec![3] }, "3 of 4 are needed, and 2 answer");
         assert_eq!(step(&[1, 2, 3, 6], 3), Step::Promote(4), "3 of 5 are needed");
         assert_eq!(step(&[1], 0), Step::Promote(4), "a lone voter has no choice");
-        assert_eq!(step(&[1, 2], 2), Step::Nothing);
+        assert_eq!(step(&[1, 2], 2), Step::Await { learner: 4, silent: vec![2] });
     }
 }

@@ -36,6 +36,8 @@ pub struct Standing {
     /// Told by the thread that applies.
     applied: watch::Sender<AppliedMembers>,
     dismissed: watch::Sender<bool>,
+    /// The learner that this leader does not make a voter yet, and why.
+    awaits: Mutex<Option<(u64, String)>>,
     /// Log index of the membership in force.
     index: AtomicU64,
 }
@@ -47,6 +49,7 @@ impl Standing {
             members: Mutex::default(),
             applied,
             dismissed: watch::Sender::new(false),
+            awaits: Mutex::default(),
             index: AtomicU64::new(0),
         }
     }
@@ -56,6 +59,17 @@ impl Standing {
         let members = stored.membership().nodes().map(|(id, node)| (*id, node.clone())).collect();
         *self.members.lock().unwrap_or_else(PoisonError::into_inner) = members;
         self.index.store(stored.log_id().map_or(0, |at| at.index), Ordering::Relaxed);
+    }
+
+    /// Notes the learner that this leader does not make a voter yet, and why.
+    pub fn set_awaits(&self, awaits: Option<(u64, String)>) {
+        *self.awaits.lock().unwrap_or_else(PoisonError::into_inner) = awaits;
+    }
+
+    /// Why this leader does not make that learner a voter yet.
+    pub fn awaits(&self, id: u64) -> Option<String> {
+        let awaits = self.awaits.lock().unwrap_or_else(PoisonError::into_inner);
+        awaits.as_ref().filter(|(learner, _)| *learner == id).map(|(_, why)| why.clone())
     }
 
     /// Log index of the membership in force.

@@ -554,6 +554,16 @@ impl Cluster {
         id
     }
 
+    /// Waits until the leader says this of the controller at `index`.
+    pub async fn wait_problem(&self, index: usize, said: &str) {
+        wait_until(&format!("{said:?} is said of {}", self.controllers[index].label), LONG, async || {
+            let info = self.info().await;
+            let problem = self.member(&info, index).and_then(|member| member.problem.as_deref());
+            problem.is_some_and(|problem| problem.contains(said)).then_some(()).ok_or(info)
+        })
+        .await;
+    }
+
     /// A port that nobody uses.
     pub fn free_addr(&mut self) -> SocketAddr {
         self.ports.give()
