@@ -515,7 +515,7 @@ impl Store {
                     metrics.last_log_index
                 } else {
                     // What a lost disk once had says nothing about what answers there now.
-                    let reached = problems.get(member).is_none();
+                    let reached = !problems.contains_key(member);
                     let replicated = metrics.replication.as_ref().filter(|_| reached);
                     replicated.and_then(|r| r.get(member).copied().flatten()).map(|at| at.index)
                 },
