@@ -47,6 +47,11 @@ impl Watch {
         Self { processes, journal: journal.to_owned(), began_ms: boot_ms(), asking }
     }
 
+    /// Asks the controller at this index no more: what runs there now belongs to another cluster.
+    pub fn ignore(&self, controller: usize) {
+        self.asking[controller].abort();
+    }
+
     /// What is wrong so far.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = self.processes.problems();

@@ -3,6 +3,7 @@
 
 use crate::KEY;
 use crate::added_again::follower;
+use holdfast_tests::harness::SHORT;
 use holdfast_tests::hosts::Hosts;
 
 /// A process of another cluster at a member's address silences no one, and status shows it.
@@ -17,6 +18,7 @@ async fn a_process_of_another_cluster_at_a_members_address_harms_no_one() {
     let own_dir = hosts.members[at].data_dir.display().to_string();
     let other_dir = hosts.dir().join("other").display().to_string();
     hosts.members[at].process.kill9();
+    hosts.watch.ignore(at);
     hosts.members[at].process.set_flag("--data-dir", &other_dir);
     hosts.start(&[at]);
     hosts.init(at, &[at]).await.ok();
@@ -57,6 +59,11 @@ async fn a_directory_that_was_set_back_is_refused() {
     hosts.members[at].set_back(&copy);
     hosts.start(&[at]);
     assert_refused(&hosts, &good, at as u64 + 1, at).await;
+    // Starts are counted, so starting it again would pass what its peers have seen.
+    hosts.members[at].process.kill9();
+    hosts.start(&[at]);
+    assert!(!hosts.members[at].process.ended(SHORT).await.success());
+    assert!(hosts.members[at].process.log().contains("remove this member, empty the directory, then add it"));
     hosts.lose_disk(at);
     hosts.start(&[at]);
     hosts.wait_answers(at).await;
