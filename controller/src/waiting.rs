@@ -11,7 +11,7 @@ use axum::Router;
 use axum::extract::State;
 use axum::routing::post;
 use holdfast_wire::http::{InitCluster, InitResult, NewMember};
-use raft_store::{InitRequest, Waiting};
+use raft_store::{InitError, InitRequest, Waiting, WeakWaiting};
 use std::future::{Future, IntoFuture};
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -28,7 +28,7 @@ pub async fn wait(
     stop: impl Future<Output = ()>,
 ) -> std::io::Result<bool> {
     let finish = CancellationToken::new();
-    let server = axum::serve(listener, router(waiting.clone()))
+    let server = axum::serve(listener, router(&waiting.downgrade()))
         .with_graceful_shutdown(finish.clone().cancelled_owned())
         .into_future();
     let mut server = std::pin::pin!(server);
@@ -46,8 +46,12 @@ pub async fn wait(
     Ok(named)
 }
 
-fn router(waiting: Waiting) -> Router {
-    let told = waiting.clone();
+/// What requests are told when this controller has just been named.
+const NAMED: &str = "starting as the member that this controller has just been named";
+
+/// A request may outlive the waiting (one whose body never comes, say), and must not keep the data directory open then.
+fn router(waiting: &WeakWaiting) -> Router {
+    let why = waiting.clone();
     let metrics = |text: &mut crate::http::metrics::Text, why: &str| {
         let labels = [("reason", why)];
         text.gauge_with(
@@ -57,14 +61,16 @@ fn router(waiting: Waiting) -> Router {
             1,
         );
     };
-    let init = Router::new().route("/ctrl/cluster/init", post(init)).with_state(waiting);
-    init.merge(idle::router(move || told.reason(), metrics))
+    let init = Router::new().route("/ctrl/cluster/init", post(init)).with_state(waiting.clone());
+    let reason = move || why.upgrade().map_or_else(|| NAMED.to_owned(), |waiting| waiting.reason());
+    init.merge(idle::router(reason, metrics))
 }
 
 /// POST `/ctrl/cluster/init`.
-async fn init(State(waiting): State<Waiting>, write: Write) -> Result<Json<InitResult>, Failure> {
+async fn init(State(waiting): State<WeakWaiting>, write: Write) -> Result<Json<InitResult>, Failure> {
     let InitCluster { members, lease } = write.json()?;
     let request = InitRequest { members, lease: lease.unwrap_or_default() };
+    let waiting = waiting.upgrade().ok_or(InitError::Busy)?;
     // A caller that hangs up must not cut it short between two of its steps.
     let forming = tokio::spawn(async move { waiting.init(&request).await });
     let formed = forming.await.map_err(|error| {

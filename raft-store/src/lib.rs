@@ -78,7 +78,7 @@ pub use holdfast_backup as backup_file;
 pub use holdfast_core as core;
 pub use membership::init::{InitError, InitRequest, Initialised};
 pub use membership::naming::DiskIdentity;
-pub use membership::waiting::{Opened, Waiting};
+pub use membership::waiting::{Opened, Waiting, WeakWaiting};
 pub use membership::{MEMBERS_MAX, PEER_ADDR_BYTES_MAX};
 pub use metrics::StoreMetrics;
 pub use store::{PROPOSAL_BYTES_MAX, Store};

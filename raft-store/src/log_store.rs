@@ -12,7 +12,7 @@
 use crate::codec::{WireLogId, WireVote, decode_entry, encode_entry};
 use crate::gauge::Gauge;
 use crate::log_files::{Wal, check_db, sync_parent};
-use crate::membership::naming::{Disk, DiskIdentity, Naming};
+use crate::membership::naming::{Disk, DiskIdentity, Naming, Starts};
 use crate::scrub::{check_tables, read_through};
 use crate::table_files::with_damaged_tables;
 use crate::types::{LogEntry, LogId, Stamper, TypeConfig, Vote};
@@ -50,7 +50,7 @@ const KEY_VOTE: &[u8] = b"vote";
 const KEY_PURGED: &[u8] = b"purged";
 const KEY_COMMITTED: &[u8] = b"committed";
 const KEY_IDENTITY: &[u8] = b"identity";
-const KEY_START: &[u8] = b"start";
+const KEY_STARTS: &[u8] = b"starts";
 const KEY_NAMING: &[u8] = b"naming";
 
 /// Makes the state durable; called before entries are purged, so that the state never needs one that is gone.
@@ -284,9 +284,9 @@ impl LogStore {
         Ok(this)
     }
 
-    /// Identity of this disk, and how often it has been opened.
-    pub fn disk(&self) -> Disk {
-        self.shared.disk
+    /// Identity and starts of this disk.
+    pub fn disk(&self) -> &Disk {
+        &self.shared.disk
     }
 
     /// Which member this disk is, if it was named.
@@ -478,19 +478,18 @@ fn synced() -> WriteOptions {
     options
 }
 
-/// Reads the disk's identity and start number, makes the identity if the database is new, and counts this start.
+/// Reads the disk's identity and starts, makes the identity if the database is new, and counts this start.
 fn count_start(db: &DB) -> io::Result<Disk> {
     let meta = db.cf_handle(CF_META).ok_or_else(|| io_error("the log has no meta table"))?;
     let read = |key: &[u8]| db.get_cf(meta, key).map_err(io_error);
     let identity = read(KEY_IDENTITY)?.map(|b| decode::<DiskIdentity>(&b).map_err(io_error)).transpose()?;
-    let started = read(KEY_START)?.map(|b| decode::<u64>(&b).map_err(io_error)).transpose()?;
-    let disk = Disk {
-        identity: identity.unwrap_or_else(DiskIdentity::random),
-        start: started.unwrap_or(0).saturating_add(1),
-    };
+    let starts = read(KEY_STARTS)?.map(|b| decode::<Starts>(&b).map_err(io_error)).transpose()?;
+    let mut disk =
+        Disk { identity: identity.unwrap_or_else(DiskIdentity::random), starts: starts.unwrap_or_default() };
+    disk.starts.begin();
     let mut batch = WriteBatch::default();
     batch.put_cf(meta, KEY_IDENTITY, encode(&disk.identity));
-    batch.put_cf(meta, KEY_START, encode(&disk.start));
+    batch.put_cf(meta, KEY_STARTS, encode(&disk.starts));
     db.write_opt(batch, &synced()).map_err(io_error)?;
     Ok(disk)
 }

@@ -12,18 +12,20 @@ use crate::keeper;
 use crate::log_files::sync_parent;
 use crate::log_store::LogStore;
 use crate::membership;
+use crate::membership::Standing;
 use crate::membership::init::InitError;
 use crate::membership::naming::{DiskIdentity, Founding, Me, Naming};
 use crate::membership::waiting::{Opened, Waiting};
+use crate::metrics::lost_majority;
 use crate::raft_thread::RaftThread;
 use crate::snapshots::Snapshots;
 use crate::state_db::StateHandle;
 use crate::state_machine::{AppliedTo, StateMachine};
-use crate::transport::Directory;
 use crate::transport::client::{RpcClient, RpcError};
 use crate::transport::network::PeerFactory;
 use crate::transport::server::{Forwarded, PeerServer};
 use crate::transport::wire::{ProposeRefusal, ProposedReply, ReadIndexReply, Reply, Request};
+use crate::transport::{Directory, Problem};
 use crate::types::{Member, Proposed, Stamper, TypeConfig};
 use bytes::Bytes;
 use holdfast_core::codec::encode;
@@ -236,19 +238,20 @@ impl Store {
 
         let applied = watch::Sender::new(AppliedTo::default());
         let applied_rx = applied.subscribe();
-        let effects = Arc::new(Effects::default());
-        let machine =
-            StateMachine::new(state.clone(), snapshots.clone(), stamper.clone(), applied, effects.clone())
-                .map_err(|e| storage("reading the state", &state_dir)(e.to_string()))?;
-        let me = Me {
-            id: naming.member_id,
-            cluster_id: naming.cluster_id.clone(),
-            disk: log.disk(),
-            process: rand::random(),
-        };
+        let (effects, members) = (Arc::new(Effects::default()), watch::Sender::default());
+        let machine = StateMachine::new(
+            state.clone(),
+            snapshots.clone(),
+            stamper.clone(),
+            applied,
+            members.clone(),
+            effects.clone(),
+        )
+        .map_err(|e| storage("reading the state", &state_dir)(e.to_string()))?;
+        let me = Me { id: naming.member_id, cluster_id: naming.cluster_id.clone(), disk: log.disk().clone() };
         let id = me.id;
-        tracing::info!(id, cluster = %me.cluster_id, disk = %me.disk.identity, start = me.disk.start, "this is a member");
-        let directory = Arc::new(Directory::new(me, config.advertise_url.clone()));
+        tracing::info!(id, cluster = %me.cluster_id, disk = %me.disk.identity, start = me.disk.starts.last().number, "this is a member");
+        let directory = Arc::new(Directory::new(me, config.advertise_url.clone(), Standing::new(members)));
         let network = PeerFactory {
             directory: directory.clone(),
             snapshots: snapshots.clone(),
@@ -414,7 +417,8 @@ impl Store {
     /// Whether this member was named by an init of which it has heard nothing since.
     fn waits_for_init(&self) -> bool {
         let metrics = self.inner.raft.metrics();
-        metrics.borrow_watched().membership_config.membership().nodes().next().is_none()
+        !self.inner.formed.load(Ordering::Acquire)
+            && metrics.borrow_watched().membership_config.membership().nodes().next().is_none()
     }
 
     /// What a member that has just been named waits for, and what to do if it does not come.
@@ -483,6 +487,19 @@ impl Store {
         let id = inner.id;
         let is_leader = metrics.current_leader == Some(id);
         let voters: Vec<u64> = metrics.membership_config.membership().voter_ids().collect();
+        let problems: BTreeMap<u64, Problem> = metrics
+            .membership_config
+            .membership()
+            .nodes()
+            .filter_map(|(member, _)| Some((*member, inner.directory.problem(*member)?)))
+            .collect();
+        let of_voters = voters.iter().filter_map(|voter| problems.get(voter));
+        let lost_majority = lost_majority(voters.len(), of_voters);
+        let problem = |member: u64| {
+            let problem = problems.get(&member)?;
+            let lost = lost_majority.clone().filter(|_| *problem == Problem::LostDisk);
+            Some(lost.unwrap_or_else(|| problem.to_string()))
+        };
         let members = metrics
             .membership_config
             .membership()
@@ -491,7 +508,7 @@ impl Store {
                 id: *member,
                 peer_addr: node.peer_addr.clone(),
                 identity: node.identity,
-                problem: inner.directory.problem(*member).map(|problem| problem.to_string()),
+                problem: problem(*member),
                 url: inner.directory.url_of(*member),
                 voter: voters.contains(member),
                 last_log: if *member == id {

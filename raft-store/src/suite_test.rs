@@ -31,6 +31,7 @@ impl StoreBuilder<TypeConfig, LogStore, StateMachine, TempDir> for Builder {
             snapshots,
             stamper,
             watch::Sender::new(AppliedTo::default()),
+            watch::Sender::default(),
             Arc::default(),
         )
         .unwrap();

@@ -68,6 +68,12 @@ async fn exit_codes_are_the_contracts() {
         &["--config", "/no/such/file", "keys", "list"],
         &["dev", "--controllers", "0"],
         &["dev", "--base-port", "65535"],
+        &["cluster", "init"],
+        &["cluster", "init", "--members", "a:1", "--lease", "hard=59s"],
+        &["cluster", "add"],
+        &["cluster", "add", "4", "a:1"],
+        &["cluster", "move", "a:1"],
+        &["cluster", "remove", "a:1"],
         &["no-such-command"],
         &[],
     ] {
@@ -340,6 +346,102 @@ async fn cluster_status_asks_each_controller_how_far_it_is() {
     let text = run(&leader.url, &["cluster", "status"]).await;
     assert!(stdout(&text).contains("lease         renew=30s,soft=40s,hard=50s,expiry=60s"), "{text:?}");
     assert!(stdout(&text).lines().last().unwrap().ends_with("-    -  no"), "{text:?}");
+}
+
+#[tokio::test]
+async fn cluster_init_asks_the_first_controller_that_answers() {
+    let formed = Fake::start(|_, _| {
+        json(r#"{"cluster_id":"cl-1","members":[{"id":1,"peer_addr":"a:1"},{"id":2,"peer_addr":"b:1"}]}"#)
+    })
+    .await;
+    let init = ["cluster", "init", "--members", "a:1,b:1"];
+    let urls = format!("{},{}", nobody().await, formed.url);
+    assert_eq!(stdout(&run(&urls, &init).await), "cluster cl-1 is formed: 1 at a:1, 2 at b:1\n");
+    let lease = ["--lease", "renew=1s,soft=2s,hard=3s,expiry=5s", "--json"];
+    let output = run(&urls, &[&init[..], &lease].concat()).await;
+    let result: Value = serde_json::from_str(stdout(&output)).unwrap();
+    assert_eq!(result["members"][1], value!({"id": 2, "peer_addr": "b:1"}));
+    let bodies: Vec<Value> =
+        formed.asked().iter().map(|asked| serde_json::from_str(&asked.body).unwrap()).collect();
+    assert_eq!(bodies[0], value!({"members": ["a:1", "b:1"]}));
+    assert_eq!(bodies[1]["lease"]["expiry_ms"], 5_000);
+    assert_eq!(formed.lines(), ["POST /ctrl/cluster/init", "POST /ctrl/cluster/init"]);
+    // The first one that answers decides: another one must not be asked for a second cluster.
+    let refusing = Fake::start(|_, _| refusal(ApiErrorKind::ChangeUnsafe)).await;
+    let urls = format!("{},{}", refusing.url, formed.url);
+    assert_fails(&run(&urls, &init).await, 1, "this is ChangeUnsafe (ChangeUnsafe)");
+    let there = Fake::start(|_, _| refusal(ApiErrorKind::AlreadyInitialised)).await;
+    assert_fails(&run(&there.url, &init).await, 1, "AlreadyInitialised");
+    assert_eq!(formed.lines().len(), 2);
+    assert_fails(&run(&nobody().await, &init).await, 3, "no controller could be reached");
+}
+
+#[tokio::test]
+async fn members_are_added_moved_and_removed_by_name() {
+    let controller = Fake::start(|_, asked| {
+        json(match asked.line.as_str() {
+            "DELETE /ctrl/cluster/members/3" => r#"{"id":3,"role":"removed","updated":true}"#,
+            _ if asked.body.contains("\"id\"") => r#"{"id":2,"role":"voter","updated":true}"#,
+            _ => r#"{"id":4,"role":"learner","updated":true}"#,
+        })
+    })
+    .await;
+    let added = run(&controller.url, &["cluster", "add", "d:1"]).await;
+    assert_eq!(stdout(&added), "member 4 is added; it votes as soon as it has caught up\n");
+    let moved = run(&controller.url, &["cluster", "move", "2", "e:1"]).await;
+    assert_eq!(stdout(&moved), "member 2 is reached at e:1 from now on\n");
+    let removed = run(&controller.url, &["cluster", "remove", "3"]).await;
+    assert_eq!(stdout(&removed), "member 3 is removed; its id can't be used again\n");
+    let again = run(&controller.url, &["cluster", "add", "d:1", "--json"]).await;
+    assert_eq!(serde_json::from_str::<Value>(stdout(&again)).unwrap()["id"], 4);
+    let post = "POST /ctrl/cluster/members";
+    assert_eq!(controller.lines(), [post, post, "DELETE /ctrl/cluster/members/3", post]);
+    let bodies: Vec<_> = controller.asked().into_iter().map(|asked| asked.body).collect();
+    assert_eq!(bodies[..2], [r#"{"peer_addr":"d:1"}"#, r#"{"id":2,"peer_addr":"e:1"}"#]);
+
+    let refusing = Fake::start(|_, _| refusal(ApiErrorKind::MemberIdUsed)).await;
+    for command in
+        [&["cluster", "add", "d:1"][..], &["cluster", "move", "2", "e:1"], &["cluster", "remove", "3"]]
+    {
+        assert_fails(&run(&refusing.url, command).await, 1, "this is MemberIdUsed (MemberIdUsed)");
+        let unreachable = [command, &["--timeout", "1s"]].concat();
+        assert_fails(&run(&nobody().await, &unreachable).await, 3, "no controller could be reached");
+    }
+}
+
+#[tokio::test]
+async fn cluster_add_waits_until_the_new_member_votes() {
+    let looks = Arc::new(AtomicUsize::new(0));
+    let controller = Fake::start(move |_, asked| {
+        if asked.line.starts_with("POST") {
+            return json(r#"{"id":4,"role":"learner","updated":true}"#);
+        }
+        let role = if looks.fetch_add(1, Ordering::SeqCst) == 0 { "learner" } else { "follower" };
+        json(&format!(
+            r#"{{"cluster_id":"c","leader":1,"term":2,"cluster_time":1,"checksum":{{"index":1,"value":2}},"lease":null,
+            "members":[{{"id":4,"url":null,"peer_addr":"d:1","role":"{role}","last_log":1,"applied":1,"lag":null}}]}}"#
+        ))
+    })
+    .await;
+    let added = run(&controller.url, &["cluster", "add", "d:1", "--wait"]).await;
+    assert_eq!(stdout(&added), "member 4 votes\n");
+    assert_eq!(controller.lines().iter().filter(|line| line.starts_with("GET")).count(), 2);
+}
+
+#[tokio::test]
+async fn cluster_status_says_what_to_do_about_a_member() {
+    let leader = Fake::start(|_, _| {
+        json(
+            r#"{"cluster_id":"cl-1","leader":1,"term":2,"cluster_time":1000,"checksum":{"index":8,"value":255},
+            "lease":null,"members":[{"id":2,"url":null,"peer_addr":"p:2","identity":"0a","role":"follower",
+            "problem":"lost disk: remove this member, then add the new one",
+            "last_log":null,"applied":null,"lag":null}]}"#,
+        )
+    })
+    .await;
+    let text = run(&leader.url, &["cluster", "status"]).await;
+    let last = stdout(&text).lines().last();
+    assert_eq!(last, Some("member 2: lost disk: remove this member, then add the new one"), "{text:?}");
 }
 
 #[tokio::test]

@@ -5,7 +5,7 @@ use crate::session::drift::Drifts;
 use axum::extract::State;
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
-use raft_store::{BUCKETS_US, DiskTimes, StoreMetrics};
+use raft_store::{BUCKETS_US, DiskTimes, MemberStatus, StoreMetrics};
 use std::fmt::{Display, Write};
 
 /// The format's name and version.
@@ -122,6 +122,17 @@ pub fn store(text: &mut Text, of: &StoreMetrics) {
     );
 }
 
+/// What keeps this replica from talking to its peers. One sample for each member with a problem; members are few.
+fn peers(text: &mut Text, members: &[MemberStatus]) {
+    let name = "holdfast_peer_problem";
+    text.head(name, "gauge", "What keeps this replica from talking to a member.");
+    for member in members {
+        if let Some(problem) = &member.problem {
+            text.sample(name, &[("member", &member.id.to_string()), ("problem", problem)], 1);
+        }
+    }
+}
+
 /// The drones' clocks.
 pub fn clocks(text: &mut Text, of: &Drifts) {
     let (worst, faults) = of.worst();
@@ -145,6 +156,7 @@ pub fn clocks(text: &mut Text, of: &Drifts) {
 pub async fn metrics(State(app): State<App>) -> Text {
     let mut text = Text::default();
     store(&mut text, &app.store.metrics());
+    peers(&mut text, &app.store.status().members);
     clocks(&mut text, &app.drifts);
     text
 }

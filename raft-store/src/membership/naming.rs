@@ -41,13 +41,58 @@ impl fmt::Debug for DiskIdentity {
     }
 }
 
-/// What the log's database knows of itself.
+/// Starts of a disk that are remembered with it. A peer that has not met a member for more starts than these takes its word
+/// for what lies between.
+pub const STARTS_KEPT: usize = 32;
+
+/// The starts of a disk. Each start draws a random number and writes it down, so that of two directories with one history
+/// (a copy, or one that was set back) each lacks what the other has done since.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
+pub struct Starts {
+    /// How many there were.
+    count: u64,
+    /// Their random numbers, the newest last; at most [`STARTS_KEPT`].
+    recent: Vec<u64>,
+}
+
+/// One start of a disk, as others have seen it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Start {
+    /// Its number, from 1.
+    pub number: u64,
+    /// Its random number.
+    pub random: u64,
+}
+
+impl Starts {
+    /// Adds a start.
+    pub fn begin(&mut self) {
+        self.count = self.count.saturating_add(1);
+        self.recent.push(rand::random());
+        let excess = self.recent.len().saturating_sub(STARTS_KEPT);
+        self.recent.drain(..excess);
+    }
+
+    /// The newest.
+    pub fn last(&self) -> Start {
+        Start { number: self.count, random: self.recent.last().copied().unwrap_or(0) }
+    }
+
+    /// Whether that start is one of this history, as far as it is remembered.
+    pub fn include(&self, start: Start) -> bool {
+        let Some(back) = self.count.checked_sub(start.number) else { return false };
+        let place = usize::try_from(back).ok().and_then(|back| self.recent.len().checked_sub(back + 1));
+        place.is_none_or(|place| self.recent[place] == start.random)
+    }
+}
+
+/// What the log's database knows of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Disk {
     /// See there.
     pub identity: DiskIdentity,
-    /// How often it has been opened. A peer that has seen a larger one knows a copied or set-back directory by it.
-    pub start: u64,
+    /// Its starts, this one the last.
+    pub starts: Starts,
 }
 
 /// Which member of which cluster a disk is. Written once and never changed.
@@ -114,13 +159,33 @@ pub struct Me {
     pub cluster_id: String,
     /// The disk.
     pub disk: Disk,
-    /// Random number of this process: tells two processes on copies of one directory apart.
-    pub process: u64,
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_history_lacks_what_its_copy_has_done() {
+        let mut starts = Starts::default();
+        starts.begin();
+        let first = starts.last();
+        let mut copy = starts.clone();
+        assert!(copy.include(first));
+        starts.begin();
+        let second = starts.last();
+        assert!(starts.include(first) && starts.include(second));
+        assert!(!copy.include(second), "set back");
+        copy.begin();
+        assert!(!copy.include(second), "and started again");
+        copy.begin();
+        assert!(!copy.include(second) && !starts.include(copy.last()));
+        for _ in 0..2 * STARTS_KEPT {
+            starts.begin();
+        }
+        assert!(starts.include(second), "too long ago to tell");
+        assert_eq!(starts.recent.len(), STARTS_KEPT);
+    }
 
     #[test]
     fn an_init_is_unfinished_until_its_coordinator_has_all_identities() {

@@ -14,11 +14,11 @@ use crate::transport::wire::{Bind, Opening, OpeningReply, Refusal};
 use crate::types::Stamper;
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
 /// Connections of other processes at once.
@@ -32,10 +32,23 @@ pub enum Opened {
     Waiting(Waiting),
 }
 
-/// A waiting process. Cloning it is cheap.
+/// A waiting process. Each clone keeps the data directory open; [`Waiting::close`] waits for all of them.
 #[derive(Clone)]
 pub struct Waiting {
     shared: Arc<Shared>,
+}
+
+/// A handle of a waiting process that does not keep the data directory open.
+#[derive(Clone)]
+pub struct WeakWaiting {
+    shared: Weak<Shared>,
+}
+
+impl WeakWaiting {
+    /// The process, while it waits.
+    pub fn upgrade(&self) -> Option<Waiting> {
+        self.shared.upgrade().map(|shared| Waiting { shared })
+    }
 }
 
 pub(crate) struct Shared {
@@ -48,6 +61,8 @@ pub(crate) struct Shared {
     cancel: CancellationToken,
     tasks: TaskTracker,
     _lock: File,
+    /// Cancelled when everything above is dropped. Fields are dropped in this order, so it is the last one.
+    closed: DropGuard,
 }
 
 impl Waiting {
@@ -89,10 +104,16 @@ impl Waiting {
             cancel: CancellationToken::new(),
             tasks: TaskTracker::new(),
             _lock: lock,
+            closed: CancellationToken::new().drop_guard(),
         });
         tracing::warn!(disk = %shared.log.disk().identity, "{}", shared.reason());
         shared.tasks.spawn(run(shared.clone(), listener));
         Ok(Some(Self { shared }))
+    }
+
+    /// A handle for those who may outlive the waiting, such as requests.
+    pub fn downgrade(&self) -> WeakWaiting {
+        WeakWaiting { shared: Arc::downgrade(&self.shared) }
     }
 
     /// Identity of this process's disk.
@@ -112,7 +133,29 @@ impl Waiting {
 
     /// Resolves when this process has a name and can run as that member.
     pub async fn named(&self) {
-        let mut naming = self.shared.naming.subscribe();
+        self.shared.named().await;
+    }
+
+    /// Stops waiting and closes the data directory, so that it can be opened as the member that it is now. Waits until the
+    /// last clone is dropped: an init that is in progress ends first, which takes a few seconds at most.
+    pub async fn close(self) {
+        let Shared { cancel, tasks, log, closed, .. } = &*self.shared;
+        let closed = closed.token().clone();
+        cancel.cancel();
+        tasks.close();
+        tasks.wait().await;
+        let log = log.clone();
+        if let Err(error) = tokio::task::spawn_blocking(move || log.stop()).await {
+            tracing::warn!(%error, "closing the log failed");
+        }
+        drop(self);
+        closed.cancelled().await;
+    }
+}
+
+impl Shared {
+    async fn named(&self) {
+        let mut naming = self.naming.subscribe();
         let named =
             |naming: &Option<Naming>| naming.as_ref().is_some_and(|naming| !naming.is_unfinished_init());
         if naming.wait_for(named).await.is_err() {
@@ -121,20 +164,6 @@ impl Waiting {
         }
     }
 
-    /// Stops waiting and closes the data directory, so that it can be opened as the member that it is now.
-    pub async fn close(self) {
-        let Shared { cancel, tasks, log, .. } = &*self.shared;
-        cancel.cancel();
-        tasks.close();
-        tasks.wait().await;
-        let log = log.clone();
-        if let Err(error) = tokio::task::spawn_blocking(move || log.stop()).await {
-            tracing::warn!(%error, "closing the log failed");
-        }
-    }
-}
-
-impl Shared {
     fn reason(&self) -> String {
         match &*self.naming.borrow() {
             None => "waiting for \"holdfast cluster init\" or \"holdfast cluster add\"".to_owned(),
@@ -162,6 +191,8 @@ async fn run(shared: Arc<Shared>, listener: TcpListener) {
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
+            // It waits no longer: a leader that was told so would name it again and again.
+            () = shared.named() => return,
             () = shared.cancel.cancelled() => return,
         };
         let (stream, from) = match accepted {

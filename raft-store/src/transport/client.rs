@@ -1,6 +1,5 @@
 //! Connecting to a peer, and requests on an rpc connection.
 
-use super::hello::Seen;
 use super::wire::{
     Bind, Hello, Mode, Opening, OpeningReply, PROTOCOL, PROTOCOL_MIN, Refusal, Reply, Request,
 };
@@ -62,8 +61,7 @@ pub async fn dial(directory: &Directory, target: u64, node: &Member, mode: Mode)
             cluster_id: me.cluster_id.clone(),
             from: me.id,
             from_identity: me.disk.identity,
-            start: me.disk.start,
-            process: me.process,
+            starts: me.disk.starts.clone(),
             to: target,
             to_identity: node.identity,
             url: directory.url.clone(),
@@ -71,8 +69,8 @@ pub async fn dial(directory: &Directory, target: u64, node: &Member, mode: Mode)
         });
         let (frames, reply) = open(addr, &hello).await?;
         match reply {
-            OpeningReply::Welcome { identity, start, process, url } if identity == node.identity => {
-                if !directory.saw(target, Seen { start, process }) {
+            OpeningReply::Welcome { identity, starts, url } if identity == node.identity => {
+                if !directory.saw(identity, &starts) {
                     directory.set_problem(target, Some(Problem::SetBack));
                     return Err(format!("{addr}: {}", Problem::SetBack));
                 }

@@ -4,33 +4,17 @@
 //! A receiver that is named wrongly refuses the connection and does nothing else: a wrong hello must silence no one.
 
 use super::wire::{Hello, PROTOCOL, PROTOCOL_MIN, Refusal};
-use crate::membership::naming::{DiskIdentity, Me};
-
-/// The newest process of a member that was seen.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Seen {
-    /// Its start number.
-    pub start: u64,
-    /// Its process number.
-    pub process: u64,
-}
-
-impl Seen {
-    /// Whether `self` can be what that member is now, after `newest` was seen: it has started since, or is the same process.
-    pub fn may_follow(self, newest: Option<Self>) -> bool {
-        newest.is_none_or(|newest| self.start > newest.start || self == newest)
-    }
-}
+use crate::membership::naming::{DiskIdentity, Me, Start};
 
 /// What a receiver knows of the member that connects.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Sender {
-    /// Its disk by the membership in force; none if the receiver does not know it (yet).
+    /// Its disk by the committed membership; none if the receiver does not know it (yet).
     pub recorded: Option<DiskIdentity>,
     /// Whether its removal is committed and applied here.
     pub removed: bool,
-    /// The newest process of it that was seen here.
-    pub seen: Option<Seen>,
+    /// The newest start of its disk that was seen here.
+    pub seen: Option<Start>,
 }
 
 /// Whether the receiver takes the connection. A sender that it does not know yet is welcome if it names the receiver
@@ -51,22 +35,21 @@ pub fn judge(me: &Me, hello: &Hello, sender: &Sender) -> Result<(), Refusal> {
     if let Some(recorded) = sender.recorded.filter(|recorded| *recorded != hello.from_identity) {
         return Err(Refusal::OtherSender(recorded));
     }
-    let now = Seen { start: hello.start, process: hello.process };
-    if let Some(newest) = sender.seen.filter(|newest| !now.may_follow(Some(*newest))) {
-        return Err(Refusal::SetBack(newest.start));
+    match sender.seen.filter(|newest| !hello.starts.include(*newest)) {
+        Some(newest) => Err(Refusal::SetBack(newest.number)),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::wire::Mode;
     use super::*;
-    use crate::membership::naming::Disk;
+    use crate::membership::naming::{Disk, Starts};
 
     fn me() -> Me {
-        let disk = Disk { identity: DiskIdentity::random(), start: 3 };
-        Me { id: 2, cluster_id: "c".into(), disk, process: 7 }
+        let disk = Disk { identity: DiskIdentity::random(), starts: Starts::default() };
+        Me { id: 2, cluster_id: "c".into(), disk }
     }
 
     fn hello(me: &Me) -> Hello {
@@ -76,8 +59,7 @@ mod tests {
             cluster_id: "c".into(),
             from: 1,
             from_identity: DiskIdentity::random(),
-            start: 5,
-            process: 50,
+            starts: Starts::default(),
             to: 2,
             to_identity: me.disk.identity,
             url: String::new(),
@@ -119,11 +101,14 @@ mod tests {
     #[test]
     fn a_copied_or_set_back_directory_is_refused() {
         let me = me();
-        let hello = hello(&me);
-        let seen = |start, process| Sender { seen: Some(Seen { start, process }), ..Sender::default() };
-        assert_eq!(judge(&me, &hello, &seen(4, 40)), Ok(()), "it has started again");
-        assert_eq!(judge(&me, &hello, &seen(5, 50)), Ok(()), "the same process");
-        assert_eq!(judge(&me, &hello, &seen(5, 51)), Err(Refusal::SetBack(5)), "a copy");
-        assert_eq!(judge(&me, &hello, &seen(6, 60)), Err(Refusal::SetBack(6)), "set back");
+        let mut starts = Starts::default();
+        starts.begin();
+        let copy = Hello { starts: starts.clone(), ..hello(&me) };
+        starts.begin();
+        let newest = starts.last();
+        let seen = Sender { seen: Some(newest), ..Sender::default() };
+        let real = Hello { starts, ..copy.clone() };
+        assert_eq!(judge(&me, &real, &seen), Ok(()));
+        assert_eq!(judge(&me, &copy, &seen), Err(Refusal::SetBack(newest.number)));
     }
 }

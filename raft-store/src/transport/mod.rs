@@ -18,8 +18,8 @@ pub mod wire;
 
 use crate::boot_clock::boot_ms;
 use crate::membership::Standing;
-use crate::membership::naming::Me;
-use hello::Seen;
+use crate::membership::naming::{DiskIdentity, Me, Start, Starts};
+use hello::Sender;
 use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -27,6 +27,7 @@ use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, watch};
 use tokio_util::codec::{Framed, LengthDelimitedCodec};
+use wire::Refusal;
 
 /// Longest frame in bytes: an append of the largest batch, with room.
 pub const FRAME_BYTES_MAX: usize = 64 << 20;
@@ -115,8 +116,10 @@ pub struct Directory {
     urls: Mutex<BTreeMap<u64, String>>,
     /// Term and id of the newest leader that sent anything.
     leader: Mutex<Option<(u64, u64)>>,
-    /// The newest process of each member that was seen.
-    seen: watch::Sender<BTreeMap<u64, Seen>>,
+    /// The newest start of each disk that was seen.
+    seen: watch::Sender<BTreeMap<DiskIdentity, Start>>,
+    /// Why the last hello in the name of each id was refused.
+    refused: Mutex<BTreeMap<u64, Refusal>>,
     problems: Mutex<BTreeMap<u64, Problem>>,
     /// Of each member that this node appends to: the last term of ours in which it acknowledged anything, and up to where.
     acknowledged: Mutex<BTreeMap<u64, (u64, u64)>>,
@@ -131,15 +134,16 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Directory {
     /// A directory that knows this member only.
-    pub fn new(me: Me, url: String) -> Self {
+    pub fn new(me: Me, url: String, standing: Standing) -> Self {
         let urls = Mutex::new(BTreeMap::from([(me.id, url.clone())]));
         Self {
             me,
             url,
-            standing: Standing::default(),
+            standing,
             urls,
             leader: Mutex::default(),
             seen: watch::Sender::default(),
+            refused: Mutex::default(),
             problems: Mutex::default(),
             acknowledged: Mutex::default(),
             hurries: Mutex::default(),
@@ -147,31 +151,51 @@ impl Directory {
         }
     }
 
-    /// The newest process of a member that was seen.
-    pub fn seen(&self, id: u64) -> Option<Seen> {
-        self.seen.borrow().get(&id).copied()
+    /// What this node knows of a member that connects.
+    pub fn sender(&self, id: u64, identity: DiskIdentity) -> Sender {
+        Sender {
+            // Not by the membership in force: an entry that was never committed may name another disk for this id, and
+            // would keep away the very leader that could have it removed (the model found it).
+            recorded: self.standing.committed_identity(id),
+            removed: self.standing.is_gone(id),
+            seen: self.seen.borrow().get(&identity).copied(),
+        }
     }
 
-    /// A process that was found to be that member. False if a newer one was seen meanwhile.
-    pub fn saw(&self, id: u64, now: Seen) -> bool {
+    /// A process on that disk, with these starts, was met. False if a start of it was seen that it lacks.
+    pub fn saw(&self, identity: DiskIdentity, starts: &Starts) -> bool {
         let mut may = true;
         self.seen.send_if_modified(|seen| {
-            let newest = seen.get(&id).copied();
-            may = now.may_follow(newest);
-            if may {
-                seen.insert(id, now);
+            let newest = seen.get(&identity).copied();
+            may = newest.is_none_or(|newest| starts.include(newest));
+            if may && (seen.len() < PEERS_KNOWN_MAX || newest.is_some()) {
+                seen.insert(identity, starts.last());
             }
-            may && newest != Some(now)
+            may && newest != Some(starts.last())
         });
         may
     }
 
-    /// Resolves when a newer process of that member is seen than this one.
-    pub async fn until_newer(&self, id: u64, than: Seen) {
+    /// Resolves when a newer start of that disk is seen than this one.
+    pub async fn until_newer(&self, identity: DiskIdentity, than: Start) {
         let mut seen = self.seen.subscribe();
-        if seen.wait_for(|seen| seen.get(&id).is_some_and(|now| *now != than)).await.is_err() {
+        if seen.wait_for(|seen| seen.get(&identity).is_some_and(|now| *now != than)).await.is_err() {
             // The sender lives as long as this.
             std::future::pending::<()>().await;
+        }
+    }
+
+    /// A member's hello was refused. Says so once: a refused member asks many times a second.
+    pub fn refused(&self, id: u64, identity: DiskIdentity, refusal: &Refusal) {
+        let mut refused = locked(&self.refused);
+        if refused.get(&id) == Some(refusal) {
+            tracing::debug!(from = id, %refusal, "refused a peer again");
+        } else {
+            tracing::warn!(from = id, disk = %identity, %refusal, "refused a peer");
+            // An id that is made up must not make this grow.
+            if refused.len() < PEERS_KNOWN_MAX || refused.contains_key(&id) {
+                refused.insert(id, refusal.clone());
+            }
         }
     }
 
@@ -266,13 +290,9 @@ mod tests {
     use crate::membership::naming::Disk;
 
     fn directory() -> Directory {
-        let me = Me {
-            id: 1,
-            cluster_id: "c".into(),
-            disk: Disk { identity: Default::default(), start: 1 },
-            process: 1,
-        };
-        Directory::new(me, "http://a".into())
+        let disk = Disk { identity: DiskIdentity::default(), starts: Starts::default() };
+        let me = Me { id: 1, cluster_id: "c".into(), disk };
+        Directory::new(me, "http://a".into(), Standing::new(watch::Sender::default()))
     }
 
     #[test]
@@ -294,12 +314,17 @@ mod tests {
 
     #[test]
     fn an_older_process_of_a_member_is_not_taken_for_it() {
-        let directory = directory();
-        let seen = |start, process| Seen { start, process };
-        assert!(directory.saw(2, seen(1, 10)) && directory.saw(2, seen(1, 10)));
-        assert!(!directory.saw(2, seen(1, 11)), "a copy");
-        assert!(directory.saw(2, seen(2, 20)));
-        assert!(!directory.saw(2, seen(1, 10)));
-        assert_eq!(directory.seen(2), Some(seen(2, 20)));
+        let (directory, disk) = (directory(), DiskIdentity::random());
+        let mut starts = Starts::default();
+        starts.begin();
+        let mut copy = starts.clone();
+        assert!(directory.saw(disk, &starts) && directory.saw(disk, &copy));
+        starts.begin();
+        assert!(directory.saw(disk, &starts));
+        assert!(!directory.saw(disk, &copy));
+        copy.begin();
+        copy.begin();
+        assert!(!directory.saw(disk, &copy), "however often it is started");
+        assert_eq!(directory.sender(2, disk).seen, Some(starts.last()));
     }
 }

@@ -1,6 +1,6 @@
 //! Serving the peers.
 
-use super::hello::{Seen, Sender, judge};
+use super::hello::judge;
 use super::wire::{
     Append, Mode, Opening, OpeningReply, ProposeRefusal, ProposedReply, ReadIndexReply, Refusal, Reply,
     Request, SnapshotBegin, SnapshotHeader, SnapshotReply, StreamReply,
@@ -11,7 +11,7 @@ use super::{
 };
 use crate::api::{MemberChange, MemberChanged, MemberError};
 use crate::incoming::{Incoming, Partial};
-use crate::membership::naming::{Me, Naming};
+use crate::membership::naming::{Disk, Naming};
 use crate::snapshots::{SnapshotDir, Snapshots};
 use crate::state_machine::StateMachine;
 use crate::types::{SnapshotMeta, Stamper, TypeConfig};
@@ -132,26 +132,20 @@ impl<F: Forwarded> PeerServer<F> {
                 return reply(&mut frames, &OpeningReply::Identified { identity, naming }).await;
             }
         };
-        let sender = Sender {
-            recorded: directory.standing.member(hello.from).map(|member| member.identity),
-            removed: directory.standing.is_gone(hello.from),
-            seen: directory.seen(hello.from),
-        };
-        let now = Seen { start: hello.start, process: hello.process };
-        let judged = judge(&directory.me, &hello, &sender).and_then(|()| {
-            let newest = directory.saw(hello.from, now);
-            newest.then_some(()).ok_or(Refusal::SetBack(now.start))
-        });
+        let now = hello.starts.last();
+        let judged = judge(&directory.me, &hello, &directory.sender(hello.from, hello.from_identity))
+            .and_then(|()| {
+                let newest = directory.saw(hello.from_identity, &hello.starts);
+                newest.then_some(()).ok_or(Refusal::SetBack(now.number))
+            });
         if let Err(refusal) = judged {
-            tracing::warn!(from = hello.from, disk = %hello.from_identity, %refusal, "refused a peer");
+            directory.refused(hello.from, hello.from_identity, &refusal);
             reply(&mut frames, &OpeningReply::Refused(refusal.clone())).await?;
             return Err(io::Error::other(refusal));
         }
         directory.learn(hello.from, &hello.url);
-        let Me { disk, process, .. } = directory.me;
-        let (identity, start) = (disk.identity, disk.start);
-        let welcome = OpeningReply::Welcome { identity, start, process, url: directory.url.clone() };
-        reply(&mut frames, &welcome).await?;
+        let Disk { identity, starts } = directory.me.disk.clone();
+        reply(&mut frames, &OpeningReply::Welcome { identity, starts, url: directory.url.clone() }).await?;
         let served = async {
             match hello.mode {
                 Mode::Rpc => self.serve_rpc(frames, hello.from).await,
@@ -162,7 +156,7 @@ impl<F: Forwarded> PeerServer<F> {
         tokio::select! {
             served = served => served,
             () = directory.standing.until_gone(hello.from) => Ok(()),
-            () = directory.until_newer(hello.from, now) => Ok(()),
+            () = directory.until_newer(hello.from_identity, now) => Ok(()),
         }
     }
 

@@ -2,7 +2,7 @@
 
 use crate::api::{MemberChange, MemberChanged, MemberError};
 use crate::codec::{WireLogId, WireSnapshotMeta, WireVote, decode_entry, encode_entry};
-use crate::membership::naming::{DiskIdentity, Naming};
+use crate::membership::naming::{DiskIdentity, Naming, Starts};
 use crate::types::{LogEntry, TypeConfig};
 use bincode::{Decode, Encode};
 use bytes::Bytes;
@@ -46,10 +46,8 @@ pub struct Hello {
     pub cluster_id: String,
     pub from: u64,
     pub from_identity: DiskIdentity,
-    /// Start number of the sender's disk.
-    pub start: u64,
-    /// Random number of the sender's process.
-    pub process: u64,
+    /// Starts of the sender's disk.
+    pub starts: Starts,
     pub to: u64,
     pub to_identity: DiskIdentity,
     pub url: String,
@@ -69,7 +67,7 @@ pub struct Bind {
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub enum OpeningReply {
     /// The hello is accepted; messages follow.
-    Welcome { identity: DiskIdentity, start: u64, process: u64, url: String },
+    Welcome { identity: DiskIdentity, starts: Starts, url: String },
     /// The hello is refused, and nothing else happens.
     Refused(Refusal),
     /// The answer to [`Opening::Identify`] and [`Opening::Bind`]: who this is, now.
@@ -94,7 +92,8 @@ pub enum Refusal {
     #[error("the member that connects was removed from the cluster")]
     Removed,
     #[error(
-        "the member that connects was seen with start number {0} already: its data directory is a copy, or was set back"
+        "the member that connects lacks its own start number {0}, which was seen here: its data directory is a copy, or was \
+         set back"
     )]
     SetBack(u64),
 }
