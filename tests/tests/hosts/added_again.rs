@@ -5,8 +5,8 @@ use holdfast_tests::harness::LONG;
 use holdfast_tests::hosts::Hosts;
 
 /// What is said of a lost disk where no majority is left to remove it.
-const RESTORE: &str =
-    "lost disk, as did most voters: restore a backup into a new cluster, then add the others to it";
+const RESTORE: &str = "2 of 3 voters have lost their disks, so that what a majority had acknowledged may be gone: restore a \
+                       backup into a new cluster of one, and add the others with empty data directories";
 
 /// A follower of a cluster of three.
 pub async fn follower(hosts: &Hosts) -> usize {
@@ -96,10 +96,9 @@ async fn a_lost_majority_serves_nothing_until_a_backup_is_restored() {
     for at in &lost {
         hosts.members[*at].wait_not_ready(WAITS).await;
         hosts.members[*at].cli(&["cluster", "status"]).await.refused(&[WAITS]);
-        let restore = format!("member {}: {RESTORE}", at + 1);
-        hosts.members[survivor].wait_status(&restore).await;
-        hosts.members[survivor].wait_not_ready(&restore).await;
+        hosts.members[survivor].wait_status(&format!("member {}: {RESTORE}", at + 1)).await;
     }
+    hosts.members[survivor].wait_not_ready(RESTORE).await;
     for at in 0..3 {
         hosts.assert_serves_nothing(at, KEY).await;
     }
