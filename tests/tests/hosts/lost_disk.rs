@@ -48,13 +48,14 @@ impl Stage {
     /// What emptied processes say, and what the isolated leader says of them; it serves nothing with their help.
     async fn assert_meets_lost(&self, lost: &[usize]) {
         let (hosts, l) = (&self.hosts, &self.hosts.members[self.l]);
-        for at in lost {
+        let met = lost.iter().map(|at| async move {
             let (w, shown) = (&hosts.members[*at], format!("member {}: {LOST}", at + 1));
             w.wait_not_ready(WAITS).await;
             let (status, said) = tokio::join!(l.wait_status(&shown), w.cli(&["cluster", "status"]));
             assert!(status.contains("no leader answers"), "{status}");
             said.refused(&[WAITS]);
-        }
+        });
+        join_all(met).await;
         join_all(lost.iter().chain([&self.l]).map(|at| hosts.assert_serves_nothing(*at, KEY))).await;
     }
 
