@@ -177,11 +177,11 @@ fn check_removal(id: u64, remaining: &BTreeSet<u64>, answering: &BTreeSet<u64>) 
 type Metrics = RaftMetrics<TypeConfig>;
 
 impl Inner {
-    fn metrics(&self) -> Metrics {
+    pub(crate) fn metrics(&self) -> Metrics {
         self.raft.metrics().borrow_watched().clone()
     }
 
-    fn leads(&self, metrics: &Metrics) -> bool {
+    pub(crate) fn leads(&self, metrics: &Metrics) -> bool {
         metrics.current_leader == Some(self.config.id) && metrics.state.is_leader()
     }
 
@@ -368,7 +368,11 @@ pub(crate) async fn change_here(inner: &Inner, change: MemberChange) -> Result<M
 /// Checks that the cluster could go on without `id`. Only an answer to a heartbeat that was sent after the request came
 /// counts: a removal that was begun with a voter that has just died could neither be ended nor taken back, and nothing
 /// else could be committed.
-async fn majority_remains(inner: &Inner, id: u64, remaining: &BTreeSet<u64>) -> Result<(), MemberError> {
+pub(crate) async fn majority_remains(
+    inner: &Inner,
+    id: u64,
+    remaining: &BTreeSet<u64>,
+) -> Result<(), MemberError> {
     let mut watched = inner.raft.metrics();
     let asked = Instant::now();
     let until = asked + Duration::from_millis(inner.config.election_timeout_ms);
@@ -401,7 +405,7 @@ fn check_addr(addr: &str) -> Result<(), MemberError> {
 }
 
 /// Writes one change. Voters that are left out are gone, not learners.
-async fn write(
+pub(crate) async fn write(
     inner: &Inner,
     change: ChangeMembers<u64, Member>,
     on_top_of: Option<LogId>,

@@ -5,6 +5,7 @@ use crate::api::{
     ReadError, ReadPoint, ReplicaStatus, StoreConfig,
 };
 use crate::background::Background;
+use crate::checksums::{self, Checksums};
 use crate::disk::{self, DiskWatch};
 use crate::effects::Effects;
 use crate::inspect;
@@ -24,9 +25,9 @@ use crate::transport::server::{Forwarded, PeerServer};
 use crate::transport::wire::{ProposeRefusal, ProposedReply, ReadIndexReply, Reply, Request};
 use crate::types::{Proposed, Stamper, TypeConfig, members_of};
 use bytes::Bytes;
-use holdfast_core::codec::encode;
-use holdfast_core::command::Proposal;
-use holdfast_core::outcome::Effect;
+use holdfast_core::codec::{decode, encode};
+use holdfast_core::command::{Command, Proposal};
+use holdfast_core::outcome::{Effect, Outcome};
 use holdfast_core::view::View;
 use openraft::async_runtime::instant::Instant as _;
 use openraft::async_runtime::watch::WatchReceiver;
@@ -153,6 +154,7 @@ impl Store {
         let inner = thread.handle().spawn(Self::open_here(config)).await.map_err(|e| starting(&e))??;
         // It reads the state, which the raft thread must not.
         inner.tasks.spawn(keeper::run(inner.clone()));
+        inner.tasks.spawn(checksums::run(inner.clone()));
         // Not on the raft thread either, which is one of those that it watches.
         let watch = disk::start(&inner).map_err(|e| starting(&e))?;
         let scrub = crate::scrub::start(&inner).map_err(|e| starting(&e))?;
@@ -175,6 +177,7 @@ impl Store {
             let unfinished = "a restore into it was not finished; run it again".to_owned();
             return Err(storage("opening the data directory", &dir)(unfinished));
         }
+        let checksums = Checksums::open(&dir)?;
         let stamper = Arc::new(Stamper::default());
         let state_dir = dir.join("state");
         let state = StateHandle::open(&state_dir)
@@ -228,7 +231,8 @@ impl Store {
         let machine =
             StateMachine::new(state.clone(), snapshots.clone(), stamper.clone(), applied, effects.clone())
                 .map_err(|e| storage("reading the state", &state_dir)(e.to_string()))?;
-        let directory = Arc::new(Directory::new(config.id, config.advertise_url.clone(), rejoin));
+        let directory = Directory::new(config.id, config.advertise_url.clone(), rejoin);
+        let directory = Arc::new(directory.with_checksums(checksums));
         if let Some(cluster) = &cluster {
             directory.set_cluster_id(cluster.cluster_id.clone());
         } else if let Some(restored) =
@@ -310,6 +314,11 @@ impl Store {
         loop {
             if let Some(why) = inner.stopped() {
                 return Err(ProposeError::Stopped(why));
+            }
+            if let Some(ProposedReply { outcome, replayed, index, cluster_time_ms }) =
+                inner.refused_for_checksums(&proposal.command)
+            {
+                return Ok(Answer { outcome, replayed, index, cluster_time_ms });
             }
             let left = until.saturating_duration_since(Instant::now());
             if let Some(why) = inner.no_use_waiting(left) {
@@ -460,6 +469,7 @@ impl Store {
                 .and_then(|(meta, _)| meta.last_log_id)
                 .map_or(0, |at| at.index),
             members,
+            checksums: inner.directory.checksums.status(),
         }
     }
 
@@ -572,6 +582,18 @@ impl Inner {
         });
     }
 
+    /// The answer to an acquisition while the replicas' checksums differ and the state has no record of it yet.
+    fn refused_for_checksums(&self, command: &Command) -> Option<ProposedReply> {
+        let refusal = self.directory.checksums.refusal().filter(|_| command.acquires())?;
+        let applied = *self.applied.borrow();
+        Some(ProposedReply {
+            outcome: Outcome::Refused(refusal),
+            replayed: false,
+            index: applied.index,
+            cluster_time_ms: applied.cluster_time_ms,
+        })
+    }
+
     fn is_cut_off(&self, metrics: &RaftMetrics<TypeConfig>) -> bool {
         let alone = metrics.membership_config.membership().voter_ids().count() <= 1;
         let limit = Duration::from_millis(self.config.election_timeout_ms * CUT_OFF_TIMEOUTS);
@@ -660,11 +682,22 @@ impl Forwarded for Inner {
         // The first command of a cluster forms it, and anchors its time; nothing may come before.
         if !self.formed.load(Ordering::Acquire)
             || !self.disk.may_lead()
+            || self.directory.checksums.is_stopped()
             || self.is_cut_off(&self.raft.metrics().borrow_watched())
         {
             return Err(ProposeRefusal::NotLeader);
         }
+        if self.directory.checksums.refusal().is_some()
+            && let Ok(decoded) = decode::<Proposal>(&proposal)
+            && let Some(refused) = self.refused_for_checksums(&decoded.command)
+        {
+            return Ok(refused);
+        }
         self.propose_with(proposal, None, deadline).await
+    }
+
+    async fn accept_checksum_here(&self, index: u64, value: u64) -> Result<bool, MemberError> {
+        checksums::accept::accept_here(self, index, value).await
     }
 
     async fn change_members_here(&self, change: MemberChange) -> Result<MemberChanged, MemberError> {
@@ -684,7 +717,9 @@ impl Forwarded for Inner {
 
     fn may_lead(&self) -> bool {
         let applied = self.applied.borrow().index;
-        self.disk.may_lead() && self.directory.rejoin.may_vote(applied).unwrap_or(false)
+        self.disk.may_lead()
+            && !self.directory.checksums.is_stopped()
+            && self.directory.rejoin.may_vote(applied).unwrap_or(false)
     }
 }
 
@@ -698,6 +733,9 @@ impl Forwarded for Arc<Inner> {
     }
     async fn change_members_here(&self, change: MemberChange) -> Result<MemberChanged, MemberError> {
         Inner::change_members_here(self, change).await
+    }
+    async fn accept_checksum_here(&self, index: u64, value: u64) -> Result<bool, MemberError> {
+        Inner::accept_checksum_here(self, index, value).await
     }
     async fn read_index_here(&self) -> Option<ReadIndexReply> {
         Inner::read_index_here(self).await

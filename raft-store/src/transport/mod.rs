@@ -15,6 +15,7 @@ pub mod server;
 pub mod wire;
 
 use crate::boot_clock::boot_ms;
+use crate::checksums::Checksums;
 use crate::members::Standing;
 use crate::rejoin::Rejoin;
 use crate::restore::is_prefix;
@@ -94,6 +95,8 @@ pub struct Directory {
     pub rejoin: Arc<Rejoin>,
     /// Who belongs to the cluster, and where.
     pub standing: Standing,
+    /// The replicas' checksums.
+    pub checksums: Checksums,
     urls: Mutex<BTreeMap<u64, String>>,
     /// Term and id of the newest leader that sent anything.
     leader: Mutex<Option<(u64, u64)>>,
@@ -114,12 +117,18 @@ impl Directory {
             cluster_id: Mutex::new(None),
             rejoin,
             standing: Standing::default(),
+            checksums: Checksums::default(),
             urls,
             leader: Mutex::default(),
             foreign: Mutex::default(),
             hurries: Mutex::default(),
             changed: watch::Sender::new(0),
         }
+    }
+
+    /// With what an earlier run left about checksums.
+    pub fn with_checksums(self, checksums: Checksums) -> Self {
+        Self { checksums, ..self }
     }
 
     /// A peer said which cluster it belongs to. An error refuses the peer.
