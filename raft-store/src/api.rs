@@ -234,6 +234,51 @@ pub struct LeaderInfo {
     pub url: Option<String>,
 }
 
+/// How the replicas' checksums compare, as far as this replica knows.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ChecksumStatus {
+    /// What follows for this replica.
+    pub state: ChecksumState,
+    /// Log index at which it follows; 0 while nothing is known.
+    pub index: u64,
+    /// Member id and checksum at that index, where members differ without a majority.
+    pub values: Vec<(u64, u64)>,
+    /// Other members whose checksum differs from the majority's.
+    pub differing: Vec<u64>,
+}
+
+/// See [`ChecksumStatus`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum ChecksumState {
+    /// Too few checksums are known, and none contradicts another.
+    #[default]
+    Waiting,
+    /// This replica's is that of a majority.
+    Agrees,
+    /// They differ, and too few are known to say whether a majority agrees. No key is acquired here.
+    Undecided,
+    /// They differ and no majority agrees. No key is acquired until an operator decides.
+    Split,
+    /// A majority has another one than this replica, which stops for good.
+    Minority,
+}
+
+impl ChecksumState {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Waiting, Self::Agrees, Self::Undecided, Self::Split, Self::Minority];
+
+    /// Its name in the API and in metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Waiting => "waiting",
+            Self::Agrees => "agrees",
+            Self::Undecided => "undecided",
+            Self::Split => "split",
+            Self::Minority => "minority",
+        }
+    }
+}
+
 /// A member, as this replica knows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MemberStatus {
@@ -272,4 +317,6 @@ pub struct ReplicaStatus {
     pub snapshot: u64,
     /// Members.
     pub members: Vec<MemberStatus>,
+    /// How the replicas' checksums compare.
+    pub checksums: ChecksumStatus,
 }

@@ -9,6 +9,7 @@ use crate::store::{lock_dir, storage};
 use crate::types::Stamper;
 use holdfast_core::codec::decode;
 use holdfast_core::command::{Command, Proposal};
+use holdfast_core::kv::{Table, Writes};
 use holdfast_core::view::View;
 use holdfast_wire::KeyConfig;
 use openraft::entry::EntryPayload;
@@ -111,6 +112,14 @@ impl Inspected {
             Some((_, held)) => scrub_dir(&held.path, || true),
             None => Ok(()),
         }
+    }
+
+    /// Writes a row of the applied state behind the replica's back, as a fault of memory, disk or program could.
+    pub fn overwrite(&self, table: Table, key: &[u8], value: Vec<u8>) -> io::Result<()> {
+        let (applied, _) = self.state.applied().map_err(io::Error::other)?;
+        let applied = applied.ok_or_else(|| io::Error::other("nothing was applied yet"))?;
+        self.state.commit(Writes::from([((table, key.to_vec()), Some(value))]), applied, None)?;
+        self.state.make_durable()
     }
 
     /// The applied state.

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use holdfast_core::codec::encode;
 use holdfast_core::command::{Command, FormCluster, Proposal, Sweep};
 use holdfast_core::kv::StateError;
-use holdfast_core::limits::{SWEEP_KEYS_MAX, TERMINATED_KEEP_MS_DEFAULT};
+use holdfast_core::limits::{CHECKSUM_EVERY, SWEEP_KEYS_MAX, TERMINATED_KEEP_MS_DEFAULT};
 use holdfast_core::view::View;
 use openraft::async_runtime::watch::WatchReceiver;
 use std::sync::Arc;
@@ -19,6 +19,9 @@ use std::time::Duration;
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// A leader of held keys proposes a tick when no entry was applied for this long.
 const TICK_AFTER_MS: u64 = 1_000;
+/// When no entry was applied for this long, the leader proposes ticks up to the next index at which checksums are published,
+/// so that what was written last is compared too.
+const COMPARE_AFTER_MS: u64 = 10_000;
 /// Bytes of log entries between snapshots at most. Two such intervals are kept at most, and what RocksDB has not compacted
 /// yet.
 const LOG_BYTES_PER_SNAPSHOT: u64 = 256 << 20;
@@ -63,7 +66,8 @@ async fn look(inner: &Arc<Inner>, last_applied: &mut (u64, u64)) -> Result<(), S
         inner.formed.store(true, Ordering::Release);
     }
     let applied = inner.applied.borrow().index;
-    inner.raft.runtime_config().elect(inner.removed().is_none() && inner.disk.may_lead());
+    let sound = !inner.directory.checksums.is_stopped();
+    inner.raft.runtime_config().elect(sound && inner.removed().is_none() && inner.disk.may_lead());
     if applied != last_applied.0 {
         *last_applied = (applied, boot_ms());
     }
@@ -82,6 +86,14 @@ async fn look(inner: &Arc<Inner>, last_applied: &mut (u64, u64)) -> Result<(), S
     let progress = view.progress()?;
     if progress.keys_held > 0 && boot_ms().saturating_sub(last_applied.1) >= TICK_AFTER_MS {
         propose(inner, Command::Tick, None).await;
+    }
+    if !applied.is_multiple_of(CHECKSUM_EVERY) && boot_ms().saturating_sub(last_applied.1) >= COMPARE_AFTER_MS
+    {
+        for _ in applied..applied.next_multiple_of(CHECKSUM_EVERY) {
+            if !propose(inner, Command::Tick, None).await {
+                break;
+            }
+        }
     }
     sweep(inner, &view, term).await?;
     end_due(inner, &view, term).await

@@ -39,6 +39,7 @@ pub mod backup;
 mod boot_clock;
 #[cfg(test)]
 mod checkpoint_test;
+mod checksums;
 mod codec;
 pub mod disk;
 mod effects;

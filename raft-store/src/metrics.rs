@@ -1,5 +1,6 @@
 //! Numbers about a replica, for its controller's `/metrics` and `/ctrl/ready`.
 
+use crate::api::ChecksumStatus;
 use crate::gauge::DiskTimes;
 use crate::store::Store;
 use crate::transport::Problem;
@@ -34,6 +35,8 @@ pub struct StoreMetrics {
     pub log_syncs: DiskTimes,
     /// Commits of applied entries to the state, which are not synced.
     pub state_commits: DiskTimes,
+    /// How the replicas' checksums compare.
+    pub checksums: ChecksumStatus,
     /// Why this replica must not lead, if so.
     pub unfit: Option<String>,
     /// Why it has failed for good, if so.
@@ -60,6 +63,7 @@ impl Store {
             disk_stuck: matches!(unfit, Some(crate::disk::Unfit::Stuck { .. })),
             log_syncs: inner.log.gauge().times(),
             state_commits: inner.state.gauge().times(),
+            checksums: status.checksums,
             unfit: unfit.map(|why| why.to_string()),
             failed: inner.failed.borrow().clone(),
         }

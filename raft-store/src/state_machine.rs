@@ -213,7 +213,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     }
 
     async fn try_create_snapshot_builder(&mut self, force: bool) -> Option<SnapshotBuilder> {
-        if !force && self.applier.snapshots.is_held() {
+        if self.applier.snapshots.is_closed() || (!force && self.applier.snapshots.is_held()) {
             return None;
         }
         Some(self.get_snapshot_builder().await)

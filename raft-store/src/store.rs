@@ -5,6 +5,7 @@ use crate::api::{
     ReadError, ReadPoint, ReplicaStatus, StoreConfig,
 };
 use crate::background::Background;
+use crate::checksums::{self, Checksums};
 use crate::disk::{self, DiskWatch};
 use crate::effects::Effects;
 use crate::inspect;
@@ -28,9 +29,9 @@ use crate::transport::wire::{ProposeRefusal, ProposedReply, ReadIndexReply, Repl
 use crate::transport::{Directory, Problem};
 use crate::types::{Member, Proposed, Stamper, TypeConfig};
 use bytes::Bytes;
-use holdfast_core::codec::encode;
-use holdfast_core::command::Proposal;
-use holdfast_core::outcome::Effect;
+use holdfast_core::codec::{decode, encode};
+use holdfast_core::command::{Command, Proposal};
+use holdfast_core::outcome::{Effect, Outcome};
 use holdfast_core::view::View;
 use openraft::async_runtime::instant::Instant as _;
 use openraft::async_runtime::watch::WatchReceiver;
@@ -177,6 +178,7 @@ impl Store {
         let inner = thread.handle().spawn(Self::open_here(config)).await.map_err(|e| starting(&e))??;
         // It reads the state, which the raft thread must not.
         inner.tasks.spawn(keeper::run(inner.clone()));
+        inner.tasks.spawn(checksums::run(inner.clone()));
         // Not on the raft thread either, which is one of those that it watches.
         let watch = disk::start(&inner).map_err(|e| starting(&e))?;
         let scrub = crate::scrub::start(&inner).map_err(|e| starting(&e))?;
@@ -196,6 +198,7 @@ impl Store {
             let unfinished = "a restore into it was not finished; run it again".to_owned();
             return Err(storage("opening the data directory", &dir)(unfinished));
         }
+        let checksums = Checksums::open(&dir)?;
         let stamper = Arc::new(Stamper::default());
         let state_dir = dir.join("state");
         let state = StateHandle::open(&state_dir)
@@ -251,7 +254,8 @@ impl Store {
         let me = Me { id: naming.member_id, cluster_id: naming.cluster_id.clone(), disk: log.disk().clone() };
         let id = me.id;
         tracing::info!(id, cluster = %me.cluster_id, disk = %me.disk.identity, start = me.disk.starts.last().number, "this is a member");
-        let directory = Arc::new(Directory::new(me, config.advertise_url.clone(), Standing::new(members)));
+        let directory = Directory::new(me, config.advertise_url.clone(), Standing::new(members));
+        let directory = Arc::new(directory.with_checksums(checksums));
         let network = PeerFactory {
             directory: directory.clone(),
             snapshots: snapshots.clone(),
@@ -325,6 +329,11 @@ impl Store {
         loop {
             if let Some(why) = inner.stopped() {
                 return Err(ProposeError::Stopped(why));
+            }
+            if let Some(ProposedReply { outcome, replayed, index, cluster_time_ms }) =
+                inner.refused_for_checksums(&proposal.command)
+            {
+                return Ok(Answer { outcome, replayed, index, cluster_time_ms });
             }
             let left = until.saturating_duration_since(Instant::now());
             if let Some(why) = inner.no_use_waiting(left) {
@@ -534,6 +543,7 @@ impl Store {
                 .and_then(|(meta, _)| meta.last_log_id)
                 .map_or(0, |at| at.index),
             members,
+            checksums: inner.directory.checksums.status(),
         }
     }
 
@@ -646,6 +656,18 @@ impl Inner {
         });
     }
 
+    /// The answer to an acquisition while the replicas' checksums differ and the state has no record of it yet.
+    fn refused_for_checksums(&self, command: &Command) -> Option<ProposedReply> {
+        let refusal = self.directory.checksums.refusal().filter(|_| command.acquires())?;
+        let applied = *self.applied.borrow();
+        Some(ProposedReply {
+            outcome: Outcome::Refused(refusal),
+            replayed: false,
+            index: applied.index,
+            cluster_time_ms: applied.cluster_time_ms,
+        })
+    }
+
     fn is_cut_off(&self, metrics: &RaftMetrics<TypeConfig>) -> bool {
         let alone = metrics.membership_config.membership().voter_ids().count() <= 1;
         let limit = Duration::from_millis(self.config.election_timeout_ms * CUT_OFF_TIMEOUTS);
@@ -734,11 +756,22 @@ impl Forwarded for Inner {
         // The first command of a cluster forms it, and anchors its time; nothing may come before.
         if !self.formed.load(Ordering::Acquire)
             || !self.disk.may_lead()
+            || self.directory.checksums.is_stopped()
             || self.is_cut_off(&self.raft.metrics().borrow_watched())
         {
             return Err(ProposeRefusal::NotLeader);
         }
+        if self.directory.checksums.refusal().is_some()
+            && let Ok(decoded) = decode::<Proposal>(&proposal)
+            && let Some(refused) = self.refused_for_checksums(&decoded.command)
+        {
+            return Ok(refused);
+        }
         self.propose_with(proposal, None, deadline).await
+    }
+
+    async fn accept_checksum_here(&self, index: u64, value: u64) -> Result<bool, MemberError> {
+        checksums::accept::accept_here(self, index, value).await
     }
 
     async fn change_members_here(&self, change: MemberChange) -> Result<MemberChanged, MemberError> {
@@ -757,7 +790,7 @@ impl Forwarded for Inner {
     }
 
     fn may_lead(&self) -> bool {
-        self.disk.may_lead()
+        self.disk.may_lead() && !self.directory.checksums.is_stopped()
     }
 }
 
@@ -771,6 +804,9 @@ impl Forwarded for Arc<Inner> {
     }
     async fn change_members_here(&self, change: MemberChange) -> Result<MemberChanged, MemberError> {
         Inner::change_members_here(self, change).await
+    }
+    async fn accept_checksum_here(&self, index: u64, value: u64) -> Result<bool, MemberError> {
+        Inner::accept_checksum_here(self, index, value).await
     }
     async fn read_index_here(&self) -> Option<ReadIndexReply> {
         Inner::read_index_here(self).await

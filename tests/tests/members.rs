@@ -55,7 +55,7 @@ async fn assert_equal_checksums(cluster: &Cluster) {
         .filter(|index| cluster.controllers[*index].pid().is_some())
         .map(|index| cluster.url(index))
         .collect();
-    // Checksums are published at every 64th entry.
+    // More entries than there are between two checksums.
     for _ in 0..64 {
         let url = format!("{}/ctrl/c/{}/d/dr-none/drain", running[0], cluster.name);
         cluster.http.post(&url, &json!(null)).await.refused(ApiErrorKind::NotFound);

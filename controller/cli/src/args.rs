@@ -312,6 +312,16 @@ pub(crate) enum ClusterCommand {
         /// Member id
         id: u64,
     },
+    /// Decide which controllers are right, where their checksums differ and no majority agrees
+    ///
+    /// Controllers that have another checksum at that index are removed from the cluster and stop for good. See cluster
+    /// status for the index and the checksums.
+    AcceptChecksum {
+        /// Log index at which they differ
+        index: u64,
+        /// The checksum that is right
+        value: String,
+    },
     /// Make the leader hand over
     TransferLeader {
         /// To this member; to whoever is best if left out

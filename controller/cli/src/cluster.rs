@@ -5,7 +5,9 @@ use crate::error::CliError;
 use crate::format::{clean, time};
 use crate::output::{Column, Out, fields, table};
 use futures::future::join_all;
-use holdfast_client::wire::http::{ClusterInfo, DrainResult, InitCluster, MemberInfo, SetMember};
+use holdfast_client::wire::http::{
+    Checksum, ChecksumAgreement, ClusterInfo, DrainResult, InitCluster, MemberInfo, SetMember,
+};
 use holdfast_client::{Client, ClientError, RequestOptions};
 use std::time::Duration;
 use tokio::time::Instant;
@@ -52,6 +54,9 @@ pub(crate) async fn run(
         ClusterCommand::Remove { id } => {
             let done = client.remove_member(id).await?;
             return said(out, &done, &format!("member {id} is removed; its id can't be used again"));
+        }
+        ClusterCommand::AcceptChecksum { index, value } => {
+            return accept_checksum(client, Checksum { index, value }, out).await;
         }
         ClusterCommand::TransferLeader { to } => return transfer_leader(client, to, out).await,
     }
@@ -112,6 +117,21 @@ async fn add(client: &Client, peer_addr: String, wait_ms: Option<u64>, out: &Out
         (_, false) => format!("member {id} was added already; it votes as soon as it has caught up"),
     };
     said(out, &done, &text)
+}
+
+async fn accept_checksum(client: &Client, checksum: Checksum, out: &Out) -> Result<(), CliError> {
+    checksum.number().map_err(|error| CliError::Usage(error.to_string()))?;
+    let updated = client.accept_checksum(&checksum).await?;
+    let Checksum { index, value } = &checksum;
+    let text = if updated {
+        format!(
+            "checksum {value} at index {index} is right; members with another one are removed, and keys can be acquired \
+             again"
+        )
+    } else {
+        format!("checksum {value} at index {index} was accepted already")
+    };
+    said(out, &DrainResult { updated, remaining: None }, &text)
 }
 
 async fn transfer_leader(client: &Client, to: Option<u64>, out: &Out) -> Result<(), CliError> {
@@ -195,13 +215,40 @@ fn shown(info: &ClusterInfo, answers: &[bool]) -> String {
         ("term", info.term.to_string()),
         ("cluster time", time(info.cluster_time)),
         ("lease", info.lease.map(|lease| lease.to_string()).unwrap_or_default()),
-        ("checksum", format!("{:016x} at index {}", info.checksum.value, info.checksum.index)),
+        ("checksum", format!("{} at index {}", clean(&info.checksum.value), info.checksum.index)),
+        ("replicas", agreement(&info.checksum_agreement)),
     ]);
     let mut text = format!("{head}\n\n{}", member_table(info, answers));
     for (member, problem) in info.members.iter().filter_map(|m| m.problem.as_ref().map(|p| (m.id, p))) {
         text.push_str(&format!("\nmember {member}: {}", clean(problem)));
     }
     text
+}
+
+/// Whether the controllers' states agree, and what to do if not.
+fn agreement(of: &ChecksumAgreement) -> String {
+    let index = of.index;
+    let values = || {
+        let each = of.values.iter().map(|v| format!("member {} has {}", v.member, clean(&v.value)));
+        each.collect::<Vec<_>>().join(", ")
+    };
+    let wrong = match of.differing.as_slice() {
+        [] => String::new(),
+        ids => {
+            let ids = ids.iter().map(u64::to_string).collect::<Vec<_>>().join(", ");
+            format!("; WRONG STATE on member {ids}: remove it, empty its data directory, add it")
+        }
+    };
+    match of.state.as_str() {
+        "agrees" => format!("agree at index {index}{wrong}"),
+        "split" => format!(
+            "DIFFER at index {index}, no key is acquired: {}; decide with cluster accept-checksum {index} CHECKSUM",
+            values()
+        ),
+        "undecided" => format!("DIFFER at index {index}, waiting for a majority: {}", values()),
+        "minority" => format!("WRONG STATE here at index {index}: this controller stops"),
+        _ => "not compared yet".to_owned(),
+    }
 }
 
 fn member_table(info: &ClusterInfo, answers: &[bool]) -> String {

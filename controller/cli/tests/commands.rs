@@ -97,7 +97,7 @@ async fn listings_are_tables_for_people_and_arrays_for_programs() {
                 "draining":false,"backend_count":3,"last_heartbeat_age_ms":1200,"version":"0.1.0"}]}"#
                 .to_owned(),
             _ => r#"{"cluster_id":"c","leader":1,"term":2,"cluster_time":43000,"members":[],
-                "checksum":{"index":1,"value":2},"lease":null}"#
+                "checksum":{"index":1,"value":"02"},"lease":null}"#
                 .to_owned(),
         })
     })
@@ -321,7 +321,7 @@ async fn connect_that_waits_in_vain_fails() {
 #[tokio::test]
 async fn cluster_status_asks_each_controller_how_far_it_is() {
     let member = Fake::start(|_, _| {
-        json(r#"{"cluster_id":"cl-1","leader":1,"term":2,"cluster_time":1000,"checksum":{"index":8,"value":255},
+        json(r#"{"cluster_id":"cl-1","leader":1,"term":2,"cluster_time":1000,"checksum":{"index":8,"value":"00000000000000ff"},
             "lease":{"renew_ms":30000,"soft_terminate_ms":40000,"hard_terminate_ms":50000,"expiry_ms":60000},
             "members":[{"id":2,"url":null,"peer_addr":"p:2","role":"follower","last_log":9,"applied":8,"lag":null}]}"#)
     })
@@ -329,7 +329,7 @@ async fn cluster_status_asks_each_controller_how_far_it_is() {
     let (member_url, gone_url) = (member.url.clone(), nobody().await);
     let leader = Fake::start(move |_, _| {
         json(&format!(
-            r#"{{"cluster_id":"cl-1","leader":1,"term":2,"cluster_time":1000,"checksum":{{"index":8,"value":255}},
+            r#"{{"cluster_id":"cl-1","leader":1,"term":2,"cluster_time":1000,"checksum":{{"index":8,"value":"00000000000000ff"}},"checksum_agreement":{{"state":"split","index":8,"values":[{{"member":1,"value":"00000000000000ff"}},{{"member":2,"value":"00000000000000fe"}}]}},
             "lease":{{"renew_ms":30000,"soft_terminate_ms":40000,"hard_terminate_ms":50000,"expiry_ms":60000}},
             "members":[
               {{"id":1,"url":null,"peer_addr":"p:1","role":"leader","last_log":9,"applied":9,"lag":null}},
@@ -345,6 +345,10 @@ async fn cluster_status_asks_each_controller_how_far_it_is() {
     assert_eq!(member.lines(), ["GET /ctrl/cluster?consistency=local"]);
     let text = run(&leader.url, &["cluster", "status"]).await;
     assert!(stdout(&text).contains("lease         renew=30s,soft=40s,hard=50s,expiry=60s"), "{text:?}");
+    assert!(stdout(&text).contains("checksum      00000000000000ff at index 8"), "{text:?}");
+    let differ = "replicas      DIFFER at index 8, no key is acquired: member 1 has 00000000000000ff, member 2 has \
+                  00000000000000fe; decide with cluster accept-checksum 8 CHECKSUM";
+    assert!(stdout(&text).contains(differ), "{text:?}");
     assert!(stdout(&text).lines().last().unwrap().ends_with("-    -  no"), "{text:?}");
 }
 
@@ -442,6 +446,17 @@ async fn cluster_status_says_what_to_do_about_a_member() {
     let text = run(&leader.url, &["cluster", "status"]).await;
     let last = stdout(&text).lines().last();
     assert_eq!(last, Some("member 2: lost disk: remove this member, then add the new one"), "{text:?}");
+}
+
+#[tokio::test]
+async fn accept_checksum_posts_the_decision_and_checks_the_value_first() {
+    let controller = Fake::start(|_, _| json(r#"{"updated":true}"#)).await;
+    let output = run(&controller.url, &["cluster", "accept-checksum", "8", "00000000000000fe"]).await;
+    assert!(stdout(&output).starts_with("checksum 00000000000000fe at index 8 is right"), "{output:?}");
+    assert_eq!(controller.lines(), ["POST /ctrl/cluster/checksum"]);
+    let wrong = run(&controller.url, &["cluster", "accept-checksum", "8", "254?"]).await;
+    assert_eq!(wrong.status.code(), Some(2));
+    assert!(stderr(&wrong).contains("hexadecimal"), "{wrong:?}");
 }
 
 #[tokio::test]

@@ -9,7 +9,7 @@ use crate::transport::{Body, Call, Reply, Transport, random_idempotency_key, wit
 use bytes::Bytes;
 use futures::Stream;
 use holdfast_wire::http::{
-    BackendInfo, BackendPage, BackendStatusMessage, ClusterInfo, ClusterState, ConnectRequest,
+    BackendInfo, BackendPage, BackendStatusMessage, Checksum, ClusterInfo, ClusterState, ConnectRequest,
     ConnectResponse, DrainRequest, DrainResult, DroneInfo, DronePage, InitCluster, InitResult, KeyInfo,
     KeyName, KeyPage, MemberChangeResult, RevokeRequest, SetMember, StatusResponse, TransferLeader,
 };
@@ -270,6 +270,14 @@ impl Client {
         let mut call = self.post_without_body(["ctrl", "cluster", "members", &id.to_string()]);
         call.method = Method::DELETE;
         self.run(&call).await?.json()
+    }
+
+    /// Decides which of several checksums is right. Tells whether anything changed; asking twice does nothing the second
+    /// time.
+    pub async fn accept_checksum(&self, checksum: &Checksum) -> Result<bool, ClientError> {
+        let done: DrainResult =
+            self.run(&self.post(["ctrl", "cluster", "checksum"], checksum)?).await?.json()?;
+        Ok(done.updated)
     }
 
     /// Makes the leader at `url` hand over, to `to` or to whoever is best. Tells whether it did. One attempt.

@@ -5,7 +5,7 @@ use crate::session::drift::Drifts;
 use axum::extract::State;
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
-use raft_store::{BUCKETS_US, DiskTimes, MemberStatus, StoreMetrics};
+use raft_store::{BUCKETS_US, ChecksumState, DiskTimes, MemberStatus, StoreMetrics};
 use std::fmt::{Display, Write};
 
 /// The format's name and version.
@@ -98,6 +98,17 @@ pub fn store(text: &mut Text, of: &StoreMetrics) {
         "Whether this replica must not lead because of its disk, and why.",
         &[("reason", &unfit)],
         flag(of.unfit.is_some()),
+    );
+    let name = "holdfast_checksum_agreement";
+    text.head(name, "gauge", "How the replicas' checksums compare here: 1 for the state that holds.");
+    for state in ChecksumState::ALL {
+        text.sample(name, &[("state", state.name())], flag(of.checksums.state == state));
+    }
+    text.gauge("holdfast_checksum_compared_index", "Log index at which that was found.", of.checksums.index);
+    text.gauge(
+        "holdfast_checksum_differing_members",
+        "Other members whose checksum differs from that of the majority.",
+        of.checksums.differing.len(),
     );
     if let Some(free) = of.disk_free_bytes {
         text.gauge("holdfast_disk_free_bytes", "Free bytes of the data directory's file system.", free);

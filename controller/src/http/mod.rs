@@ -41,6 +41,7 @@ pub fn router(app: App) -> Router {
         .route("/ctrl/cluster/init", post(members::init))
         .route("/ctrl/cluster/members", post(members::set))
         .route("/ctrl/cluster/members/{id}", delete(members::remove))
+        .route("/ctrl/cluster/checksum", post(cluster::accept_checksum))
         .route("/ctrl/cluster/transfer-leader", post(cluster::transfer_leader))
         .route("/ctrl/snapshot", get(snapshot::snapshot))
         .route("/ctrl/connect", post(connect::connect))

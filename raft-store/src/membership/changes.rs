@@ -152,7 +152,11 @@ pub async fn change_here(inner: &Inner, change: MemberChange) -> Result<MemberCh
 /// Checks that the cluster could go on without `id`. Only an answer to a heartbeat that was sent after the request came
 /// counts: a removal that was begun with a voter that has just died could neither be ended nor taken back, and nothing
 /// else could be committed.
-async fn majority_remains(inner: &Inner, id: u64, remaining: &BTreeSet<u64>) -> Result<(), MemberError> {
+pub(crate) async fn majority_remains(
+    inner: &Inner,
+    id: u64,
+    remaining: &BTreeSet<u64>,
+) -> Result<(), MemberError> {
     let mut watched = inner.raft.metrics();
     let asked = Instant::now();
     let until = asked + Duration::from_millis(inner.config.election_timeout_ms);
@@ -168,7 +172,7 @@ async fn majority_remains(inner: &Inner, id: u64, remaining: &BTreeSet<u64>) -> 
 }
 
 /// Writes one change. Voters that are left out are gone, not learners.
-pub(super) async fn write(
+pub(crate) async fn write(
     inner: &Inner,
     change: ChangeMembers<u64, Member>,
     on_top_of: Option<LogId>,

@@ -71,14 +71,14 @@ fn next_step(seen: &Seen<'_>) -> Step {
     Step::Promote(learner)
 }
 
-pub(super) type Metrics = RaftMetrics<TypeConfig>;
+pub(crate) type Metrics = RaftMetrics<TypeConfig>;
 
 impl Inner {
-    pub(super) fn metrics(&self) -> Metrics {
+    pub(crate) fn metrics(&self) -> Metrics {
         self.raft.metrics().borrow_watched().clone()
     }
 
-    pub(super) fn leads(&self, metrics: &Metrics) -> bool {
+    pub(crate) fn leads(&self, metrics: &Metrics) -> bool {
         metrics.current_leader == Some(self.id) && metrics.state.is_leader()
     }
 

@@ -17,6 +17,7 @@ pub mod server;
 pub mod wire;
 
 use crate::boot_clock::boot_ms;
+use crate::checksums::Checksums;
 use crate::membership::Standing;
 use crate::membership::naming::{DiskIdentity, Me, Start, Starts};
 use hello::Sender;
@@ -113,6 +114,8 @@ pub struct Directory {
     pub url: String,
     /// Who belongs to the cluster, and where.
     pub standing: Standing,
+    /// The replicas' checksums.
+    pub checksums: Checksums,
     urls: Mutex<BTreeMap<u64, String>>,
     /// Term and id of the newest leader that sent anything.
     leader: Mutex<Option<(u64, u64)>>,
@@ -140,6 +143,7 @@ impl Directory {
             me,
             url,
             standing,
+            checksums: Checksums::default(),
             urls,
             leader: Mutex::default(),
             seen: watch::Sender::default(),
@@ -149,6 +153,11 @@ impl Directory {
             hurries: Mutex::default(),
             changed: watch::Sender::new(0),
         }
+    }
+
+    /// With what an earlier run left about checksums.
+    pub fn with_checksums(self, checksums: Checksums) -> Self {
+        Self { checksums, ..self }
     }
 
     /// What this node knows of a member that connects.

@@ -285,6 +285,12 @@ impl RaftNetworkV2<C> for PeerNetwork {
         _option: RPCOption,
     ) -> Result<SnapshotResponse<C>, StreamingError<C>> {
         let send = async {
+            let index = snapshot.meta.last_log_id.map_or(0, |id| id.index);
+            self.directory
+                .checksums
+                .confirm(index)
+                .await
+                .map_err(|e| StreamingError::Network(NetworkError::from_string(e)))?;
             let frames = connect(&self.directory, self.target, &self.node, Mode::Snapshot)
                 .await
                 .map_err(|e| StreamingError::Unreachable(Unreachable::from_string(e)))?;
@@ -379,6 +385,7 @@ impl PeerNetwork {
             }
             let mut left = size.saturating_sub(std::mem::take(&mut offset));
             while left > 0 {
+                self.directory.checksums.check_sending().map_err(io::Error::other)?;
                 let want = usize::try_from(left).unwrap_or(usize::MAX).min(SNAPSHOT_CHUNK_BYTES);
                 let mut frame = BytesMut::zeroed(4 + want);
                 file.read_exact(&mut frame[4..]).await?;

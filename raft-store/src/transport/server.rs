@@ -59,6 +59,13 @@ pub trait Forwarded: Send + Sync + 'static {
         change: MemberChange,
     ) -> impl Future<Output = Result<MemberChanged, MemberError>> + Send;
 
+    /// Carries out an operator's decision which checksum is right, if this replica leads.
+    fn accept_checksum_here(
+        &self,
+        index: u64,
+        value: u64,
+    ) -> impl Future<Output = Result<bool, MemberError>> + Send;
+
     /// Confirms leadership and says up to where a reader must have applied, if this replica leads.
     fn read_index_here(&self) -> impl Future<Output = Option<ReadIndexReply>> + Send;
 
@@ -253,6 +260,12 @@ impl<F: Forwarded> PeerServer<F> {
                 Reply::MembersChanged(self.forwarded.change_members_here(change).await)
             }
             Request::MayLead => Reply::MayLead(self.forwarded.may_lead()),
+            Request::Checksums { from, published } => {
+                Reply::Checksums(self.directory.checksums.exchange(from, published))
+            }
+            Request::AcceptChecksum { index, value } => {
+                Reply::ChecksumAccepted(self.forwarded.accept_checksum_here(index, value).await)
+            }
         }
     }
 

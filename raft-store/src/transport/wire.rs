@@ -117,6 +117,16 @@ pub enum Request {
     ChangeMembers(MemberChange),
     /// Asked by a leader that wants to hand over.
     MayLead,
+    /// The sender's published checksums; asks for the receiver's.
+    Checksums {
+        from: u64,
+        published: Vec<(u64, u64)>,
+    },
+    /// An operator's decision which checksum is right at an index.
+    AcceptChecksum {
+        index: u64,
+        value: u64,
+    },
 }
 
 /// The answer to a [`Request`].
@@ -134,6 +144,10 @@ pub enum Reply {
     MembersChanged(Result<MemberChanged, MemberError>),
     /// Whether the peer would be a good leader.
     MayLead(bool),
+    /// The peer's published checksums: log index and value.
+    Checksums(Vec<(u64, u64)>),
+    /// Whether the decision changed anything.
+    ChecksumAccepted(Result<bool, MemberError>),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]

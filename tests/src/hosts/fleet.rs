@@ -277,12 +277,13 @@ impl Hosts {
                 .await;
             let views = join_all(members.iter().map(|at| self.members[*at].local_view())).await;
             let sums: Vec<_> = views.into_iter().map(|view| view.map(|view| view.checksum)).collect();
-            let first = sums.first().and_then(|sum| sum.as_ref().ok()).map(|sum| (sum.index, sum.value));
-            let same = sums.iter().all(|sum| sum.as_ref().ok().map(|sum| (sum.index, sum.value)) == first);
-            let indexes_same =
-                sums.iter().all(|sum| sum.as_ref().ok().map(|sum| sum.index) == first.map(|f| f.0));
-            assert!(same || !indexes_same, "replicas differ: {sums:?}");
-            if same && first.is_some_and(|(index, _)| index > from) { Ok(()) } else { Err(sums) }
+            let seen: Vec<_> =
+                sums.iter().map(|sum| sum.as_ref().ok().map(|sum| (sum.index, &sum.value))).collect();
+            let same = seen.windows(2).all(|pair| pair[0] == pair[1]);
+            let at_one_index = seen.windows(2).all(|pair| pair[0].map(|s| s.0) == pair[1].map(|s| s.0));
+            assert!(same || !at_one_index, "replicas differ: {sums:?}");
+            let newer = seen.first().copied().flatten().is_some_and(|(index, _)| index > from);
+            if same && newer { Ok(()) } else { Err(sums) }
         })
         .await;
     }
