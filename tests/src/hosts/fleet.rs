@@ -248,9 +248,19 @@ impl Hosts {
     /// Removes the member whose disk was lost and adds what runs at its address now, by the command line at `at`. Gives the
     /// new id.
     pub async fn replace(&self, at: usize, id: u64, host: usize) -> u64 {
-        let id = id.to_string();
-        self.members[at].cli(&["cluster", "remove", &id]).await.ok();
+        self.remove(at, id).await;
         self.add(at, host).await
+    }
+
+    /// `holdfast cluster remove` at `at`, once the last change of the membership has ended.
+    pub async fn remove(&self, at: usize, id: u64) {
+        let id = id.to_string();
+        wait_until(&format!("member {id} is removed"), LONG, async || {
+            let said = self.members[at].cli(&["cluster", "remove", &id]).await;
+            assert!(said.code == 0 || said.err.contains("ChangeInProgress"), "{said:?}");
+            if said.code == 0 { Ok(()) } else { Err(said) }
+        })
+        .await;
     }
 
     /// `holdfast cluster add --wait` at `at` of the process that waits at a host; gives the id.
