@@ -41,6 +41,8 @@ mod boot_clock;
 mod checkpoint_test;
 mod checksums;
 mod codec;
+#[cfg(test)]
+mod contradiction_test;
 pub mod disk;
 mod effects;
 mod files;

@@ -203,7 +203,7 @@ pub(crate) fn db_options(recovery: rocksdb::DBRecoveryMode) -> Options {
 }
 
 impl LogStore {
-    /// Opens the log in `dir`, or makes a new one with a disk identity of its own. Counts the start, durably.
+    /// Opens the log in `dir`, or makes a new one with a disk identity of its own.
     pub fn open(dir: &Path, stamper: Arc<Stamper>, before_purge: BeforePurge) -> io::Result<Self> {
         // A torn tail is what an unsynced write looks like after power loss; anything else that is damaged must stop us.
         check_db(dir, Wal::Synced)?;
@@ -219,7 +219,7 @@ impl LogStore {
             .map_err(|e| io_error(with_damaged_tables(dir, &e)))?;
         sync_parent(dir)?;
         let meta = db.cf_handle(CF_META).ok_or_else(|| io_error("the log has no meta table"))?;
-        let disk = count_start(&db)?;
+        let disk = read_disk(&db)?;
         let naming = db
             .get_cf(meta, KEY_NAMING)
             .map_err(io_error)?
@@ -284,6 +284,16 @@ impl LogStore {
         Ok(this)
     }
 
+    /// Counts a start of this disk, durably: once in each process that is going to meet others. It shows in [`Self::disk`]
+    /// when the log is opened again. Blocks on the disk.
+    pub fn count_start(&self) -> io::Result<()> {
+        let db = &self.shared.db;
+        let meta = db.cf_handle(CF_META).ok_or_else(|| io_error("the meta table is gone"))?;
+        let mut starts = self.shared.disk.starts.clone();
+        starts.begin();
+        db.put_cf_opt(meta, KEY_STARTS, encode(&starts), &synced()).map_err(io_error)
+    }
+
     /// Identity and starts of this disk.
     pub fn disk(&self) -> &Disk {
         &self.shared.disk
@@ -308,6 +318,18 @@ impl LogStore {
         db.put_cf_opt(meta, KEY_NAMING, encode(naming), &synced()).map_err(io_error)?;
         *held = Some(naming.clone());
         Ok(naming.clone())
+    }
+
+    /// The last entry that this replica knows to be committed.
+    pub fn committed(&self) -> Option<LogId> {
+        let tail = self.shared.tail();
+        tail.committed.min(tail.last).max(tail.purged)
+    }
+
+    /// What is applied is committed, whatever the log's hint says.
+    pub fn note_applied(&self, applied: Option<LogId>) {
+        let mut tail = self.shared.tail();
+        tail.committed = tail.committed.max(applied);
     }
 
     /// Stops the writer thread after everything queued so far, and waits for it.
@@ -478,20 +500,19 @@ fn synced() -> WriteOptions {
     options
 }
 
-/// Reads the disk's identity and starts, makes the identity if the database is new, and counts this start.
-fn count_start(db: &DB) -> io::Result<Disk> {
+/// Reads the disk's identity and starts; makes the identity if the database is new.
+fn read_disk(db: &DB) -> io::Result<Disk> {
     let meta = db.cf_handle(CF_META).ok_or_else(|| io_error("the log has no meta table"))?;
     let read = |key: &[u8]| db.get_cf(meta, key).map_err(io_error);
     let identity = read(KEY_IDENTITY)?.map(|b| decode::<DiskIdentity>(&b).map_err(io_error)).transpose()?;
     let starts = read(KEY_STARTS)?.map(|b| decode::<Starts>(&b).map_err(io_error)).transpose()?;
-    let mut disk =
-        Disk { identity: identity.unwrap_or_else(DiskIdentity::random), starts: starts.unwrap_or_default() };
-    disk.starts.begin();
-    let mut batch = WriteBatch::default();
-    batch.put_cf(meta, KEY_IDENTITY, encode(&disk.identity));
-    batch.put_cf(meta, KEY_STARTS, encode(&disk.starts));
-    db.write_opt(batch, &synced()).map_err(io_error)?;
-    Ok(disk)
+    let starts = starts.unwrap_or_default();
+    if let Some(identity) = identity {
+        return Ok(Disk { identity, starts });
+    }
+    let identity = DiskIdentity::random();
+    db.put_cf_opt(meta, KEY_IDENTITY, encode(&identity), &synced()).map_err(io_error)?;
+    Ok(Disk { identity, starts })
 }
 
 fn last_on_disk(db: &DB) -> io::Result<Option<LogEntry>> {
@@ -736,8 +757,8 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         let from = last_log_id.map_or(0, |id| id.index + 1);
         {
             let mut tail = self.shared.tail();
-            // What this replica knows to be committed is applied, or about to be. A leader that lacks it has been
-            // elected by members that lost their disks: from here on nothing that this replica does could be right.
+            // What this replica knows to be committed is applied, or about to be. openraft never asks for this, and
+            // compares nothing below its commit index: a leader that contradicts it is found by `contradicts`.
             if let Some(committed) = tail.committed.filter(|committed| committed.index >= from) {
                 return Err(io_error(format!(
                     "a leader wants entries from {from} on removed, but entries up to {} are committed and applied \

@@ -27,7 +27,7 @@ use crate::transport::network::PeerFactory;
 use crate::transport::server::{Forwarded, PeerServer};
 use crate::transport::wire::{ProposeRefusal, ProposedReply, ReadIndexReply, Reply, Request};
 use crate::transport::{Directory, Problem};
-use crate::types::{Member, Proposed, Stamper, TypeConfig};
+use crate::types::{LogId, Member, Proposed, Stamper, TypeConfig};
 use bytes::Bytes;
 use holdfast_core::codec::{decode, encode};
 use holdfast_core::command::{Command, Proposal};
@@ -233,6 +233,7 @@ impl Store {
                     .to_owned(),
             ));
         }
+        log.note_applied(applied_at);
         inspect::check_ends(&log, &state, &snapshots)
             .map_err(|e| storage("comparing log and state", &dir)(e.to_string()))?;
         let listener = TcpListener::bind(config.peer_listen)
@@ -438,9 +439,9 @@ impl Store {
         let Naming { member_id, founding, .. } = &self.inner.naming;
         Some(match founding {
             Some(founding) => format!(
-                "named member {member_id} by the init that began at {}; waiting for it to finish. Repeat \"holdfast cluster \
-                 init\" there if it was interrupted; if its disk was lost, empty the data directories of all members \
-                 (nothing was served yet)",
+                "named member {member_id} by the init that began at {}; waiting for its leader. If \"holdfast cluster status\" \
+                 there and at the other members says that no cluster was formed, repeat \"holdfast cluster init\" there. Only \
+                 if none was ever formed and that disk is lost, empty the data directories of all members",
                 founding.coordinator_addr()
             ),
             None => format!("named member {member_id} by \"holdfast cluster add\"; waiting for the leader"),
@@ -792,6 +793,14 @@ impl Forwarded for Inner {
     fn may_lead(&self) -> bool {
         self.disk.may_lead() && !self.directory.checksums.is_stopped()
     }
+
+    fn committed(&self) -> Option<LogId> {
+        self.log.committed()
+    }
+
+    fn fail(&self, why: String) {
+        Inner::fail(self, why);
+    }
 }
 
 impl Forwarded for Arc<Inner> {
@@ -813,6 +822,12 @@ impl Forwarded for Arc<Inner> {
     }
     fn may_lead(&self) -> bool {
         Inner::may_lead(self)
+    }
+    fn committed(&self) -> Option<LogId> {
+        self.log.committed()
+    }
+    fn fail(&self, why: String) {
+        Inner::fail(self, why);
     }
 }
 

@@ -17,7 +17,10 @@ const LEADER_MS_MAX: u64 = 3_000;
 /// How long one controller may take to say how far it is, in milliseconds.
 const MEMBER_MS_MAX: u64 = 1_000;
 
-/// How often `add --wait` looks.
+/// How long a cluster that was just formed may take to elect a leader.
+const FORMED_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How often `init` and `add --wait` look.
 const WAIT_POLL: Duration = Duration::from_millis(200);
 
 const COLUMNS: [Column; 7] = [
@@ -86,7 +89,13 @@ async fn init(client: &Client, urls: &[String], init: &InitCluster, out: &Out) -
                     .iter()
                     .map(|member| format!("{} at {}", member.id, member.peer_addr))
                     .collect();
-                let text = format!("cluster {} is formed: {}", formed.cluster_id, members.join(", "));
+                let (id, members) = (&formed.cluster_id, members.join(", "));
+                let text = match serves(client, url).await {
+                    true => format!("cluster {id} is formed: {members}"),
+                    false => format!(
+                        "all members of cluster {id} have answered: {members}\nit has no leader yet; see cluster status"
+                    ),
+                };
                 return said(out, &formed, &text);
             }
             Err(error @ ClientError::Unreachable { .. }) => unreachable = Some(error),
@@ -95,6 +104,18 @@ async fn init(client: &Client, urls: &[String], init: &InitCluster, out: &Out) -
     }
     Err(unreachable
         .map_or_else(|| CliError::Usage("--controller names no controller".to_owned()), Into::into))
+}
+
+/// Waits until a leader serves through this controller: until then only its own disk knows the members.
+async fn serves(client: &Client, url: &str) -> bool {
+    let until = Instant::now() + FORMED_PATIENCE;
+    while Instant::now() < until {
+        if matches!(client.ready_at(url).await, Ok(true)) {
+            return true;
+        }
+        tokio::time::sleep(WAIT_POLL).await;
+    }
+    false
 }
 
 async fn add(client: &Client, peer_addr: String, wait_ms: Option<u64>, out: &Out) -> Result<(), CliError> {

@@ -161,6 +161,11 @@ pub async fn run(inner: Arc<Inner>) {
         if applied.borrow_and_update().is_gone(inner.id) {
             inner.directory.standing.dismiss();
         }
+        let leads = inner.leads(&inner.metrics());
+        inner.directory.standing.set_leads(leads);
+        if !leads {
+            inner.directory.forget_losses();
+        }
         if let Ok(_alone) = inner.changing.try_lock() {
             lead(&inner).await;
         }

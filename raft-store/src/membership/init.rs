@@ -61,8 +61,8 @@ pub enum InitError {
     },
     /// A member belongs to something else.
     #[error(
-        "member {addr} is bound to {to}. Nothing was formed: repeat that init where it began, or empty the data \
-         directories of all its members"
+        "member {addr} is bound to {to}; nothing was done. If that was never formed, repeat its init where it began. Empty no \
+         data directory before \"holdfast cluster status\" has shown that none of its members serves"
     )]
     Bound {
         /// Its address.
@@ -153,6 +153,12 @@ pub(super) async fn init(here: &Shared, request: &InitRequest) -> Result<Initial
     let answers = ask_all(members, vec![Opening::Identify; members.len()]).await?;
     let own = own_place(here.log.disk().identity, members, &answers)?;
     let began = here.log.naming();
+    if let Some(began) = began.as_ref().filter(|began| !began.is_unfinished_init()) {
+        return Err(InitError::AlreadyInitialised {
+            member: began.member_id,
+            cluster_id: began.cluster_id.clone(),
+        });
+    }
     let cluster_id = match &began {
         Some(began) => began.cluster_id.clone(),
         None => format!("{:032x}", rand::random::<u128>()),

@@ -9,6 +9,7 @@
 //! what starts on the emptied disk is one more waiting process, which nothing that was promised under the old id can be
 //! asked of.
 
+use super::MEMBERS_MAX;
 use bincode::{Decode, Encode};
 use holdfast_wire::LeaseConfig;
 use std::fmt;
@@ -42,8 +43,8 @@ impl fmt::Debug for DiskIdentity {
 }
 
 /// Starts of a disk that are remembered with it. A peer that has not met a member for more starts than these takes its word
-/// for what lies between.
-pub const STARTS_KEPT: usize = 32;
+/// for what lies between. They are in every hello: 8 KiB.
+pub const STARTS_KEPT: usize = 1024;
 
 /// The starts of a disk. Each start draws a random number and writes it down, so that of two directories with one history
 /// (a copy, or one that was set back) each lacks what the other has done since.
@@ -78,10 +79,17 @@ impl Starts {
         Start { number: self.count, random: self.recent.last().copied().unwrap_or(0) }
     }
 
+    /// Whether they can be those of a disk: what came over the network has to be checked.
+    pub fn are_plausible(&self) -> bool {
+        let known = self.recent.len() as u64;
+        (1..=STARTS_KEPT as u64).contains(&known) && known == self.count.min(STARTS_KEPT as u64)
+    }
+
     /// Whether that start is one of this history, as far as it is remembered.
     pub fn include(&self, start: Start) -> bool {
         let Some(back) = self.count.checked_sub(start.number) else { return false };
-        let place = usize::try_from(back).ok().and_then(|back| self.recent.len().checked_sub(back + 1));
+        let place =
+            usize::try_from(back).ok().and_then(|back| self.recent.len().checked_sub(back.checked_add(1)?));
         place.is_none_or(|place| self.recent[place] == start.random)
     }
 }
@@ -95,7 +103,8 @@ pub struct Disk {
     pub starts: Starts,
 }
 
-/// Which member of which cluster a disk is. Written once and never changed.
+/// Which member of which cluster a disk is. It is given once; only the coordinator of an init adds to its own who the others
+/// are.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct Naming {
     /// The cluster.
@@ -130,10 +139,20 @@ impl Naming {
             .is_some_and(|founding| founding.coordinator == self.member_id && founding.identities.is_empty())
     }
 
-    /// Whether it is one that a member can have sent.
+    /// Whether it is one that another process can have sent: the name that a coordinator has is its own to give.
     pub fn is_plausible(&self) -> bool {
-        (1..=CLUSTER_ID_BYTES_MAX).contains(&self.cluster_id.len())
-            && (1..=MEMBER_ID_MAX).contains(&self.member_id)
+        let named = (1..=CLUSTER_ID_BYTES_MAX).contains(&self.cluster_id.len())
+            && (1..=MEMBER_ID_MAX).contains(&self.member_id);
+        named
+            && self.founding.as_ref().is_none_or(|founding| {
+                let ids = 1..=founding.members.len() as u64;
+                founding.members.len() <= MEMBERS_MAX
+                    && ids.contains(&self.member_id)
+                    && ids.contains(&founding.coordinator)
+                    && founding.coordinator != self.member_id
+                    && founding.identities.is_empty()
+                    && founding.lease.check().is_ok()
+            })
     }
 
     /// Whether both name the same member of the same cluster.
@@ -165,6 +184,11 @@ pub struct Me {
 mod tests {
     use super::*;
 
+    /// What claims to have started so often and remembers one start.
+    fn first_of(count: u64) -> Starts {
+        Starts { count, recent: vec![7] }
+    }
+
     #[test]
     fn a_history_lacks_what_its_copy_has_done() {
         let mut starts = Starts::default();
@@ -184,7 +208,12 @@ mod tests {
             starts.begin();
         }
         assert!(starts.include(second), "too long ago to tell");
-        assert_eq!(starts.recent.len(), STARTS_KEPT);
+        assert!(starts.recent.len() == STARTS_KEPT && starts.are_plausible() && first_of(1).are_plausible());
+        assert!(!first_of(0).are_plausible() && !first_of(2).are_plausible());
+        assert!(
+            !first_of(u64::MAX).include(Start { number: 0, random: 0 })
+                || !first_of(u64::MAX).are_plausible()
+        );
     }
 
     #[test]

@@ -3,8 +3,8 @@
 use super::naming::DiskIdentity;
 use crate::types::{Member, StoredMembership};
 use holdfast_core::records::MemberIdsRecord;
-use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::watch;
@@ -33,6 +33,8 @@ impl AppliedMembers {
 pub struct Standing {
     /// By the membership in force, be it committed or not.
     members: Mutex<BTreeMap<u64, Member>>,
+    /// Those of them that do not vote.
+    learners: Mutex<BTreeSet<u64>>,
     /// Told by the thread that applies.
     applied: watch::Sender<AppliedMembers>,
     dismissed: watch::Sender<bool>,
@@ -40,6 +42,8 @@ pub struct Standing {
     awaits: Mutex<Option<(u64, String)>>,
     /// Log index of the membership in force.
     index: AtomicU64,
+    /// Whether this member led when it looked last.
+    leads: AtomicBool,
 }
 
 impl Standing {
@@ -47,9 +51,11 @@ impl Standing {
     pub fn new(applied: watch::Sender<AppliedMembers>) -> Self {
         Self {
             members: Mutex::default(),
+            learners: Mutex::default(),
             applied,
             dismissed: watch::Sender::new(false),
             awaits: Mutex::default(),
+            leads: AtomicBool::new(false),
             index: AtomicU64::new(0),
         }
     }
@@ -58,6 +64,8 @@ impl Standing {
     pub fn set_in_force(&self, stored: &StoredMembership) {
         let members = stored.membership().nodes().map(|(id, node)| (*id, node.clone())).collect();
         *self.members.lock().unwrap_or_else(PoisonError::into_inner) = members;
+        let learners = stored.membership().learner_ids().collect();
+        *self.learners.lock().unwrap_or_else(PoisonError::into_inner) = learners;
         self.index.store(stored.log_id().map_or(0, |at| at.index), Ordering::Relaxed);
     }
 
@@ -70,6 +78,16 @@ impl Standing {
     pub fn awaits(&self, id: u64) -> Option<String> {
         let awaits = self.awaits.lock().unwrap_or_else(PoisonError::into_inner);
         awaits.as_ref().filter(|(learner, _)| *learner == id).map(|(_, why)| why.clone())
+    }
+
+    /// Notes whether this member leads.
+    pub fn set_leads(&self, leads: bool) {
+        self.leads.store(leads, Ordering::Relaxed);
+    }
+
+    /// Whether this member led a moment ago.
+    pub fn leads(&self) -> bool {
+        self.leads.load(Ordering::Relaxed)
     }
 
     /// Log index of the membership in force.
@@ -85,6 +103,11 @@ impl Standing {
     /// Address and disk of a member, by the membership in force.
     pub fn member(&self, id: u64) -> Option<Member> {
         self.members.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
+    }
+
+    /// Whether a member votes, by the membership in force.
+    pub fn is_voter(&self, id: u64) -> bool {
+        !self.learners.lock().unwrap_or_else(PoisonError::into_inner).contains(&id)
     }
 
     /// The disk of a member, by the membership that is applied here, and so committed.

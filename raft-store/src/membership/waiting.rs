@@ -76,7 +76,11 @@ impl Waiting {
         }
         let opening = {
             let log_dir = log_dir.clone();
-            move || LogStore::open(&log_dir, Arc::new(Stamper::default()), Box::new(|| Ok(())))
+            move || {
+                let log = LogStore::open(&log_dir, Arc::new(Stamper::default()), Box::new(|| Ok(())))?;
+                log.count_start()?;
+                Ok::<_, io::Error>(log)
+            }
         };
         let opened = tokio::task::spawn_blocking(opening).await.map_err(io::Error::other);
         let log =
@@ -209,7 +213,7 @@ async fn run(shared: Arc<Shared>, listener: TcpListener) {
             continue;
         };
         let serving = shared.clone();
-        // Not cancelled: who gave this process its name waits for the answer, and an opening takes half a second at most.
+        // Not cancelled: the one that gave this process its name waits for the answer.
         shared.tasks.spawn(async move {
             if let Err(error) = serve(&serving, stream).await {
                 tracing::debug!(%from, %error, "a connection ended");
@@ -230,7 +234,7 @@ async fn serve(shared: &Shared, stream: TcpStream) -> io::Result<()> {
             OpeningReply::Identified { identity, naming: Some(held) }
         }
         Opening::Identify | Opening::Bind(_) => {
-            OpeningReply::Identified { identity, naming: shared.log.naming() }
+            OpeningReply::Identified { identity, naming: shared.naming.borrow().clone() }
         }
     };
     reply(&mut frames, &answer).await

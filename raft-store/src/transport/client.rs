@@ -43,9 +43,6 @@ pub async fn connect(
     node: &Member,
     mode: Mode,
 ) -> Result<Frames, String> {
-    if directory.problem(target) == Some(Problem::LostAcknowledged) {
-        return Err(Problem::LostAcknowledged.to_string());
-    }
     let recorded = directory.standing.member(target);
     dial(directory, target, recorded.as_ref().unwrap_or(node), mode).await
 }
@@ -74,7 +71,7 @@ pub async fn dial(directory: &Directory, target: u64, node: &Member, mode: Mode)
                     directory.set_problem(target, Some(Problem::SetBack));
                     return Err(format!("{addr}: {}", Problem::SetBack));
                 }
-                directory.set_problem(target, None);
+                directory.reached(target);
                 directory.learn(target, &url);
                 Ok(frames)
             }
@@ -104,6 +101,10 @@ async fn meets_waiting(directory: &Directory, target: u64, node: &Member, identi
     if identity != node.identity {
         directory.set_problem(target, Some(Problem::LostDisk));
         return format!("{addr}: member {target} was on disk {}; {}", node.identity, Problem::LostDisk);
+    }
+    if !directory.standing.leads() {
+        // One that lags may still know the process by an id that was removed since.
+        return format!("{addr} has no name yet: its leader will name it");
     }
     if directory.standing.committed_identity(target) != Some(identity) {
         return format!("{addr} has no name yet: the entry that adds member {target} is not committed");

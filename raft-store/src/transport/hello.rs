@@ -35,6 +35,9 @@ pub fn judge(me: &Me, hello: &Hello, sender: &Sender) -> Result<(), Refusal> {
     if let Some(recorded) = sender.recorded.filter(|recorded| *recorded != hello.from_identity) {
         return Err(Refusal::OtherSender(recorded));
     }
+    if !hello.starts.are_plausible() {
+        return Err(Refusal::SetBack(hello.starts.last().number));
+    }
     match sender.seen.filter(|newest| !hello.starts.include(*newest)) {
         Some(newest) => Err(Refusal::SetBack(newest.number)),
         None => Ok(()),
@@ -46,6 +49,12 @@ mod tests {
     use super::super::wire::Mode;
     use super::*;
     use crate::membership::naming::{Disk, Starts};
+
+    fn started() -> Starts {
+        let mut starts = Starts::default();
+        starts.begin();
+        starts
+    }
 
     fn me() -> Me {
         let disk = Disk { identity: DiskIdentity::random(), starts: Starts::default() };
@@ -59,7 +68,7 @@ mod tests {
             cluster_id: "c".into(),
             from: 1,
             from_identity: DiskIdentity::random(),
-            starts: Starts::default(),
+            starts: started(),
             to: 2,
             to_identity: me.disk.identity,
             url: String::new(),

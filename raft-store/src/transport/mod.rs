@@ -10,8 +10,10 @@
 //! ```
 
 pub mod client;
+mod contradiction;
 pub mod hello;
 mod hold;
+mod learner_gate;
 pub mod network;
 pub mod server;
 pub mod wire;
@@ -221,6 +223,19 @@ impl Directory {
         }
     }
 
+    /// A member was reached. What it has lost of what it acknowledged, it has still lost.
+    pub fn reached(&self, id: u64) {
+        let mut problems = locked(&self.problems);
+        if problems.get(&id) != Some(&Problem::LostAcknowledged) {
+            problems.remove(&id);
+        }
+    }
+
+    /// This node does not lead: what it found as a leader says nothing about the next term.
+    pub fn forget_losses(&self) {
+        locked(&self.problems).retain(|_, problem| *problem != Problem::LostAcknowledged);
+    }
+
     /// See [`Directory::set_problem`].
     pub fn problem(&self, id: u64) -> Option<Problem> {
         locked(&self.problems).get(&id).cloned()
@@ -232,13 +247,17 @@ impl Directory {
         let known = acknowledged.entry(id).or_insert((term, index));
         if term > known.0 {
             *known = (term, index);
+            drop(acknowledged);
+            if self.problem(id) == Some(Problem::LostAcknowledged) {
+                self.set_problem(id, None);
+            }
         } else if term == known.0 {
             known.1 = known.1.max(index);
         }
     }
 
-    /// Whether a follower that lacks `index` has acknowledged it in this same term of ours, in which no one else can have
-    /// had it removed: then it has lost what it promised to keep, and nothing that it says counts any more.
+    /// Whether a follower that lacks `index` has acknowledged it in this same term of ours, in which no other leader can have
+    /// had it removed: then it does not count in this term. The next leader begins with it anew.
     pub fn has_lost(&self, id: u64, term: u64, index: u64) -> bool {
         let lost = locked(&self.acknowledged)
             .get(&id)
@@ -261,8 +280,8 @@ impl Directory {
         leader.filter(|(heard, id)| *heard > term && *id != self.me.id).map(|(_, id)| id)
     }
 
-    /// What tells the connection that appends to a member that it has to send the commit index now. Members are few, and
-    /// their ids are never used twice, so none is forgotten.
+    /// What tells the connection that appends to a member that it has to send the commit index now. Called for members alone,
+    /// which are few; their ids are never used twice, so none is forgotten.
     pub fn hurry(&self, id: u64) -> Arc<Notify> {
         locked(&self.hurries).entry(id).or_default().clone()
     }

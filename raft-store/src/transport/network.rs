@@ -2,6 +2,7 @@
 
 use super::client::{RpcClient, RpcError, connect};
 use super::hold::{COMMIT_HOLD, Hold};
+use super::learner_gate::{LearnerGate, PROMOTION_POLL};
 use super::wire::{
     Append, AppendReply, Mode, Reply, Request, SnapshotBegin, SnapshotHeader, SnapshotReply, StreamReply,
     VoteAsk,
@@ -111,8 +112,16 @@ impl PeerNetwork {
         let (sink, replies) = frames.split();
         let (under_way, sent) = mpsc::channel(APPENDS_IN_FLIGHT_MAX);
         let hurry = self.directory.hurry(self.target);
-        let writer =
-            AbortOnDropHandle::new(tokio::spawn(write_appends(input, sink, under_way, hurry, COMMIT_HOLD)));
+        let (directory, target) = (self.directory.clone(), self.target);
+        let to_voter = move || directory.standing.is_voter(target);
+        let writer = AbortOnDropHandle::new(tokio::spawn(write_appends(
+            input,
+            sink,
+            under_way,
+            hurry,
+            COMMIT_HOLD,
+            to_voter,
+        )));
         let state = Pipeline {
             sent,
             replies,
@@ -165,38 +174,56 @@ impl Pipeline {
     }
 }
 
-/// Writes requests until they end. `hold_for` and `hurry`: see [`Hold`].
+/// What the writer of a connection goes by.
+enum Next {
+    Request(AppendEntriesRequest<C>),
+    /// There are no more requests.
+    End,
+    /// A commit index alone was held for long enough.
+    HeldLong,
+    /// The target may have become a voter.
+    LookAgain,
+}
+
+/// Writes requests until they end. `hold_for` and `hurry`: see [`Hold`]; `to_voter`: see [`LearnerGate`].
 async fn write_appends<S>(
     mut input: S,
     mut sink: impl Sink<Bytes, Error = io::Error> + Unpin,
     under_way: mpsc::Sender<Result<u64, String>>,
     hurry: Arc<Notify>,
     hold_for: Duration,
+    to_voter: impl Fn() -> bool,
 ) where
     S: Stream<Item = AppendEntriesRequest<C>> + Unpin,
 {
-    let mut hold = Hold::default();
+    let (mut gate, mut hold) = (LearnerGate::default(), Hold::default());
     let mut held_long = std::pin::pin!(tokio::time::sleep(Duration::ZERO));
     loop {
         let held = hold.is_holding();
         let next = tokio::select! {
             // What brings the commit index along makes the wait superfluous.
             biased;
-            request = input.next() => Some(request),
-            () = hurry.notified(), if held => None,
-            () = &mut held_long, if held => None,
+            request = input.next() => request.map_or(Next::End, Next::Request),
+            () = hurry.notified(), if held => Next::HeldLong,
+            () = &mut held_long, if held => Next::HeldLong,
+            () = tokio::time::sleep(PROMOTION_POLL), if gate.is_holding() => Next::LookAgain,
         };
-        let (requests, ended) = match next {
-            Some(Some(request)) => (hold.offer(request).collect::<Vec<_>>(), false),
-            Some(None) => (hold.release().into_iter().collect(), true),
-            None => (hold.release().into_iter().collect(), false),
+        let ended = matches!(next, Next::End);
+        let mut requests = match next {
+            Next::Request(request) => hold.offer_all(gate.offer(request, to_voter())),
+            Next::LookAgain => hold.offer_all(gate.release(to_voter())),
+            Next::End => hold.offer_all(gate.end()),
+            Next::HeldLong => hold.release().into_iter().collect(),
         };
+        if ended {
+            requests.extend(hold.release());
+        }
         if hold.is_holding() && !held {
             held_long.as_mut().reset(Instant::now() + hold_for);
         }
         for request in &requests {
             if let Err(why) = write_append(request, &mut sink, &under_way).await {
-                // Who reads the answers may have gone already.
+                // The reader of the answers may have gone already.
                 let _ = under_way.send(Err(why)).await;
                 return;
             }
@@ -398,9 +425,12 @@ impl PeerNetwork {
         }
         // Installing takes as long as the disk needs.
         match next_reply(&mut frames, SNAPSHOT_STALL * 6, "a snapshot").await? {
-            SnapshotReply::Installed(vote) => {
+            SnapshotReply::Installed(installed_as) => {
                 self.snapshots.arrived(self.target);
-                Ok(SnapshotResponse::new(vote.into()))
+                if Vote::from(installed_as) == vote {
+                    self.directory.acknowledged(self.target, vote.leader_id.term, index);
+                }
+                Ok(SnapshotResponse::new(installed_as.into()))
             }
             SnapshotReply::Failed(why) => Err(io::Error::other(why)),
             SnapshotReply::Go { .. } => Err(io::Error::other("a snapshot was answered out of order")),
@@ -447,7 +477,7 @@ mod tests {
         let (under_way, sent) = mpsc::channel(APPENDS_IN_FLIGHT_MAX);
         let hurry = Arc::new(Notify::new());
         let sink = sink.sink_map_err(io::Error::other);
-        tokio::spawn(write_appends(input, sink, under_way, hurry.clone(), hold_for));
+        tokio::spawn(write_appends(input, sink, under_way, hurry.clone(), hold_for, || true));
         Connection { requests, frames, hurry, _under_way: sent }
     }
 

@@ -1,5 +1,6 @@
 //! Serving the peers.
 
+use super::contradiction::{contradicts, snapshot_contradicts};
 use super::hello::judge;
 use super::wire::{
     Append, Mode, Opening, OpeningReply, ProposeRefusal, ProposedReply, ReadIndexReply, Refusal, Reply,
@@ -14,13 +15,13 @@ use crate::incoming::{Incoming, Partial};
 use crate::membership::naming::{Disk, Naming};
 use crate::snapshots::{SnapshotDir, Snapshots};
 use crate::state_machine::StateMachine;
-use crate::types::{SnapshotMeta, Stamper, TypeConfig};
+use crate::types::{LogId, SnapshotMeta, Stamper, TypeConfig, Vote};
 use bytes::{BufMut, Bytes, BytesMut};
 use futures::{SinkExt, StreamExt};
 use holdfast_core::codec::{decode, encode};
 use holdfast_core::command::Proposal;
 use openraft::async_runtime::watch::WatchReceiver;
-use openraft::raft::TransferLeaderRequest;
+use openraft::raft::{AppendEntriesRequest, TransferLeaderRequest};
 use openraft::storage::Snapshot;
 use std::future::Future;
 use std::io;
@@ -71,6 +72,12 @@ pub trait Forwarded: Send + Sync + 'static {
 
     /// Whether this replica would be a good leader.
     fn may_lead(&self) -> bool;
+
+    /// The last entry that this replica knows to be committed.
+    fn committed(&self) -> Option<LogId>;
+
+    /// Stops this replica for good.
+    fn fail(&self, why: String);
 }
 
 /// Serves the peers of one replica.
@@ -135,8 +142,23 @@ impl<F: Forwarded> PeerServer<F> {
             Opening::Hello(hello) => hello,
             // A name is given once. Who asks for another sees in the answer which one this is.
             Opening::Identify | Opening::Bind(_) => {
-                let (identity, naming) = (directory.me.disk.identity, Some(self.naming.clone()));
-                return reply(&mut frames, &OpeningReply::Identified { identity, naming }).await;
+                let mut naming = self.naming.clone();
+                if self
+                    .raft
+                    .metrics()
+                    .borrow_watched()
+                    .membership_config
+                    .membership()
+                    .nodes()
+                    .next()
+                    .is_some()
+                {
+                    // The init has done its work: what asks must not take this for one that may be begun again.
+                    naming.founding = None;
+                }
+                let identity = directory.me.disk.identity;
+                return reply(&mut frames, &OpeningReply::Identified { identity, naming: Some(naming) })
+                    .await;
             }
         };
         let now = hello.starts.last();
@@ -168,7 +190,9 @@ impl<F: Forwarded> PeerServer<F> {
     }
 
     async fn serve_rpc(self: &Arc<Self>, frames: Frames, from: u64) -> io::Result<()> {
-        let hurry = self.directory.hurry(from);
+        let known = self.directory.standing.member(from).is_some();
+        // An id that is made up must not make this grow.
+        let hurry = if known { self.directory.hurry(from) } else { Default::default() };
         let (mut sink, mut stream) = frames.split();
         let (answers, mut answered) = mpsc::channel::<Bytes>(REQUESTS_IN_FLIGHT_MAX);
         let places = Arc::new(Semaphore::new(REQUESTS_IN_FLIGHT_MAX));
@@ -217,7 +241,10 @@ impl<F: Forwarded> PeerServer<F> {
         match request {
             Request::Append(append) => {
                 self.directory.heard_leader(append.vote.term, append.vote.node);
-                let request = match append.into_request() {
+                let request = match append.into_request().map_err(io::Error::other).and_then(|request| {
+                    self.check_append(&request)?;
+                    Ok(request)
+                }) {
                     Ok(request) => request,
                     Err(error) => return Reply::Failed(error.to_string()),
                 };
@@ -269,6 +296,27 @@ impl<F: Forwarded> PeerServer<F> {
         }
     }
 
+    /// Stops this replica if a leader of its term or a later one contradicts what is committed here.
+    fn check_append(&self, request: &AppendEntriesRequest<TypeConfig>) -> io::Result<()> {
+        let ids = request.prev_log_id.into_iter().chain(request.entries.iter().map(|entry| entry.log_id));
+        let committed = self.forwarded.committed();
+        self.check_leader(request.vote, contradicts(committed, ids), committed)
+    }
+
+    fn check_leader(&self, vote: Vote, contradicts: bool, committed: Option<LogId>) -> io::Result<()> {
+        // One that is deposed may send what it likes.
+        if !contradicts || vote < self.raft.metrics().borrow_watched().vote {
+            return Ok(());
+        }
+        let why = format!(
+            "the leader of term {} has another log than this replica up to {:?}, which is committed and applied here: \
+             acknowledged entries were lost elsewhere. Stop all members and compare their logs",
+            vote.leader_id.term, committed
+        );
+        self.forwarded.fail(why.clone());
+        Err(io::Error::other(why))
+    }
+
     async fn serve_append(&self, frames: Frames) -> io::Result<()> {
         let (mut sink, mut stream) = frames.split();
         let (requests, queue) = mpsc::channel(APPENDS_IN_FLIGHT_MAX);
@@ -278,6 +326,7 @@ impl<F: Forwarded> PeerServer<F> {
                 let append: Append = decode(&frame?).map_err(io::Error::other)?;
                 self.directory.heard_leader(append.vote.term, append.vote.node);
                 let request = append.into_request().map_err(io::Error::other)?;
+                self.check_append(&request)?;
                 if requests.send(request).await.is_err() {
                     break;
                 }
@@ -326,12 +375,14 @@ impl<F: Forwarded> PeerServer<F> {
         if let Some((name, _)) = header.files.iter().find(|(name, _)| !is_plain_file_name(name)) {
             return Err(io::Error::other(format!("a snapshot holds a file named {name:?}")));
         }
-        let vote: crate::types::Vote = header.vote.into();
+        let vote: Vote = header.vote.into();
         let known = self.raft.metrics().borrow_watched().vote;
         if known > vote {
             // Its sender is deposed; nothing has to be sent to learn that.
             return Ok(SnapshotReply::Installed(known.into()));
         }
+        let committed = self.forwarded.committed();
+        self.check_leader(vote, snapshot_contradicts(committed, meta.last_log_id), committed)?;
         let Some(turn) = self.incoming.enter(vote).await else {
             return Err(io::Error::other("a newer leader is sending a snapshot"));
         };
