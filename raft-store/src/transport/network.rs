@@ -412,7 +412,7 @@ impl PeerNetwork {
             }
             let mut left = size.saturating_sub(std::mem::take(&mut offset));
             while left > 0 {
-                self.directory.checksums.check_sending().map_err(io::Error::other)?;
+                self.directory.checksums.check_sending(index).map_err(io::Error::other)?;
                 let want = usize::try_from(left).unwrap_or(usize::MAX).min(SNAPSHOT_CHUNK_BYTES);
                 let mut frame = BytesMut::zeroed(4 + want);
                 file.read_exact(&mut frame[4..]).await?;
