@@ -22,6 +22,23 @@ pub fn write_durably(path: &Path, content: &[u8]) -> io::Result<()> {
     }
 }
 
+/// Makes a flat directory whole or not at all: `make` fills one beside it, which gets its name once all of it is durable. What
+/// an earlier attempt left is removed.
+pub fn make_dir_whole(dir: &Path, make: impl FnOnce(&Path) -> io::Result<()>) -> io::Result<()> {
+    let aside = dir.with_extension("new");
+    remove_dir_if_there(&aside)?;
+    make(&aside)?;
+    for entry in fs::read_dir(&aside)? {
+        File::open(entry?.path())?.sync_all()?;
+    }
+    sync_dir(&aside)?;
+    fs::rename(&aside, dir)?;
+    match dir.parent() {
+        Some(parent) => sync_dir(parent),
+        None => Ok(()),
+    }
+}
+
 /// Removes a directory with all that it holds, if it exists.
 pub fn remove_dir_if_there(dir: &Path) -> io::Result<()> {
     match fs::remove_dir_all(dir) {

@@ -10,6 +10,7 @@
 //! The tail in memory serves replication and apply, and always holds whatever is not yet on disk.
 
 use crate::codec::{WireLogId, WireVote, decode_entry, encode_entry};
+use crate::files::make_dir_whole;
 use crate::gauge::Gauge;
 use crate::log_files::{Wal, check_db, sync_parent};
 use crate::membership::naming::{Disk, DiskIdentity, Naming, Starts};
@@ -202,21 +203,28 @@ pub(crate) fn db_options(recovery: rocksdb::DBRecoveryMode) -> Options {
     options
 }
 
+fn open_db(dir: &Path) -> io::Result<DB> {
+    // A torn tail is what an unsynced write looks like after power loss; anything else that is damaged must stop us.
+    check_db(dir, Wal::Synced)?;
+    let mut options = db_options(rocksdb::DBRecoveryMode::TolerateCorruptedTailRecords);
+    options.set_write_buffer_size(64 << 20);
+    options.set_max_total_wal_size(256 << 20);
+    let cfs = [CF_LOG, CF_META].map(|name| {
+        let mut options = Options::default();
+        options.set_write_buffer_size(64 << 20);
+        ColumnFamilyDescriptor::new(name, options)
+    });
+    DB::open_cf_descriptors(&options, dir, cfs).map_err(|e| io_error(with_damaged_tables(dir, &e)))
+}
+
 impl LogStore {
     /// Opens the log in `dir`, or makes a new one with a disk identity of its own.
     pub fn open(dir: &Path, stamper: Arc<Stamper>, before_purge: BeforePurge) -> io::Result<Self> {
-        // A torn tail is what an unsynced write looks like after power loss; anything else that is damaged must stop us.
-        check_db(dir, Wal::Synced)?;
-        let mut options = db_options(rocksdb::DBRecoveryMode::TolerateCorruptedTailRecords);
-        options.set_write_buffer_size(64 << 20);
-        options.set_max_total_wal_size(256 << 20);
-        let cfs = [CF_LOG, CF_META].map(|name| {
-            let mut options = Options::default();
-            options.set_write_buffer_size(64 << 20);
-            ColumnFamilyDescriptor::new(name, options)
-        });
-        let db = DB::open_cf_descriptors(&options, dir, cfs)
-            .map_err(|e| io_error(with_damaged_tables(dir, &e)))?;
+        if !dir.try_exists()? {
+            // RocksDB makes a new database in several steps, between which the power may fail.
+            make_dir_whole(dir, |aside| open_db(aside).map(drop))?;
+        }
+        let db = open_db(dir)?;
         sync_parent(dir)?;
         let meta = db.cf_handle(CF_META).ok_or_else(|| io_error("the log has no meta table"))?;
         let disk = read_disk(&db)?;

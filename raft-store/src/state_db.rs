@@ -10,7 +10,7 @@
 //! ```
 
 use crate::codec::{WireLogId, WireSnapshotMeta, WireStoredMembership};
-use crate::files::{copy_or_link_dir, remove_dir_if_there, sync_dir, write_durably};
+use crate::files::{copy_or_link_dir, make_dir_whole, remove_dir_if_there, sync_dir, write_durably};
 use crate::floors::Floors;
 use crate::gauge::Gauge;
 use crate::log_files::{Damage, Wal, check_db, sync_parent};
@@ -156,6 +156,10 @@ fn open_db(dir: &Path) -> io::Result<DB> {
 impl OpenDb {
     fn open(root: &Path, number: u64, gauge: Arc<Gauge>) -> io::Result<Self> {
         let dir = root.join(format!("db-{number}"));
+        if !dir.try_exists()? {
+            // RocksDB makes a new database in several steps, between which the power may fail.
+            make_dir_whole(&dir, |aside| open_db(aside).map(drop))?;
+        }
         let db = open_db(&dir)?;
         let (layers, floors) = (RwLock::default(), Floors::default());
         Ok(Self { db, dir, number, layers, floors, flushing: Mutex::new(Ok(())), gauge })

@@ -249,9 +249,9 @@ async fn a_lost_disk_is_one_more_waiting_process_and_ids_stay_used() {
         cluster.http.post(&url, &json!(null)).await.refused(ApiErrorKind::NotFound);
     }
     assert_eq!(cluster.add(lost).await, 4);
+    cluster.wait_role(lost, &["follower", "leader"]).await;
     let again: MemberChangeResult = add(&cluster, other, &addr).await.ok();
     assert_eq!((again.id, again.updated), (4, false), "the same disk has the same id");
-    cluster.wait_role(lost, &["follower", "leader"]).await;
     // It leads, and knows what it has from a snapshot alone.
     let transfer = format!("{url}/ctrl/cluster/transfer-leader");
     let done = cluster.http.post(&transfer, &json!({"to": 4})).await;

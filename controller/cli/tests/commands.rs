@@ -436,7 +436,7 @@ async fn cluster_add_waits_until_the_new_member_votes() {
         }
         let role = if looks.fetch_add(1, Ordering::SeqCst) == 0 { "learner" } else { "follower" };
         json(&format!(
-            r#"{{"cluster_id":"c","leader":1,"term":2,"cluster_time":1,"checksum":{{"index":1,"value":2}},"lease":null,
+            r#"{{"cluster_id":"c","leader":1,"term":2,"cluster_time":1,"checksum":{{"index":1,"value":"2"}},"checksum_agreement":{{"state":"agrees","index":1}},"lease":null,
             "members":[{{"id":4,"url":null,"peer_addr":"d:1","role":"{role}","last_log":1,"applied":1,"lag":null}}]}}"#
         ))
     })
@@ -450,7 +450,7 @@ async fn cluster_add_waits_until_the_new_member_votes() {
 async fn cluster_status_says_what_to_do_about_a_member() {
     let leader = Fake::start(|_, _| {
         json(
-            r#"{"cluster_id":"cl-1","leader":1,"term":2,"cluster_time":1000,"checksum":{"index":8,"value":255},
+            r#"{"cluster_id":"cl-1","leader":1,"term":2,"cluster_time":1000,"checksum":{"index":8,"value":"ff"},"checksum_agreement":{"state":"agrees","index":8},
             "lease":null,"members":[{"id":2,"url":null,"peer_addr":"p:2","identity":"0a","role":"follower",
             "problem":"lost disk: remove this member, then add the new one",
             "last_log":null,"applied":null,"lag":null}]}"#,

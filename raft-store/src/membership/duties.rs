@@ -152,28 +152,46 @@ pub async fn hand_over(inner: &Inner, wanted: Option<u64>, deadline: Duration) -
     }
 }
 
-/// Keeps [`Standing`] current and does what a leader owes to its members, until the replica stops.
+/// Keeps [`super::Standing`] current and does what a leader owes to its members, until the replica stops. The first never
+/// waits for the second: what a leader waits for may need the members that it names.
 pub async fn run(inner: Arc<Inner>) {
+    tokio::join!(keep_current(&inner), do_duties(&inner));
+}
+
+async fn keep_current(inner: &Inner) {
     let mut server = inner.raft.server_metrics();
-    let mut applied = inner.directory.standing.applied_changes();
+    let standing = &inner.directory.standing;
+    let mut applied = standing.applied_changes();
     loop {
         // Marked as seen before it is looked at, so that nothing is missed.
         let in_force = server.borrow_and_update().membership_config.clone();
-        inner.directory.standing.set_in_force(&in_force);
+        standing.set_in_force(&in_force);
         if applied.borrow_and_update().is_gone(inner.id) {
-            inner.directory.standing.dismiss();
+            standing.dismiss();
         }
         let leads = inner.leads(&inner.metrics());
-        inner.directory.standing.set_leads(leads);
+        standing.set_leads(leads);
         if !leads {
             inner.directory.forget_losses();
-        }
-        if let Ok(_alone) = inner.changing.try_lock() {
-            lead(&inner).await;
         }
         tokio::select! {
             changed = server.changed() => if changed.is_err() { return },
             changed = applied.changed() => if changed.is_err() { return },
+            () = tokio::time::sleep(LOOK_EVERY) => {}
+            () = inner.cancel.cancelled() => return,
+        }
+    }
+}
+
+async fn do_duties(inner: &Inner) {
+    let mut server = inner.raft.server_metrics();
+    loop {
+        server.borrow_and_update();
+        if let Ok(_alone) = inner.changing.try_lock() {
+            lead(inner).await;
+        }
+        tokio::select! {
+            changed = server.changed() => if changed.is_err() { return },
             () = tokio::time::sleep(LOOK_EVERY) => {}
             () = inner.cancel.cancelled() => return,
         }
