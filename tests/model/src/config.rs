@@ -25,6 +25,10 @@ pub enum Variant {
     ComparesUncommitted,
     /// An id counts as used as soon as any entry in the log names it, committed or not.
     UsedByUncommitted,
+    /// A leader sends learners entries that are not yet committed, as openraft does.
+    LearnersGetUncommitted,
+    /// A learner may stand for election. Its own vote does not count.
+    LearnersStand,
     /// The next id is one more than the largest id in the membership, so that the id of a removed member returns.
     ReusesIds,
     /// A restored cluster acquires keys at once.
@@ -73,6 +77,8 @@ pub struct Limits {
     pub restores: u8,
     /// An append carries any number of entries instead of all that the leader has.
     pub partial_appends: bool,
+    /// Whether one append at a time may be in flight, and arrive when its sender leads no more or has lost its disk.
+    pub late_request: bool,
     /// Whether "a majority of good disks serves in the end" is checked in every state.
     pub recovery: bool,
     /// Whether states that differ in the numbers of the founders alone count as one. The steps of a counterexample
@@ -97,6 +103,7 @@ impl Limits {
             moves: false,
             restores: 0,
             partial_appends: false,
+            late_request: false,
             recovery: false,
             symmetry: false,
         }
@@ -105,13 +112,16 @@ impl Limits {
 
 /// One step of one process, of a pair of processes, of an operator or of fate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[expect(missing_docs, reason = "the fields name the addresses and ids that the variant's sentence speaks of")]
+#[expect(
+    missing_docs,
+    reason = "the fields name the addresses and ids that the variant's sentence speaks of"
+)]
 pub enum Step {
-    /// The process dies and starts again from its disk.
+    /// The coordinator of an init dies and starts again from its disk.
     Crash(Slot),
     /// The disk at this address is lost; a new process waits there.
     Lose(Slot),
-    /// The process becomes a candidate in the next term.
+    /// The process becomes a candidate in the next term, perhaps after a crash.
     Stand(Slot),
     /// A candidate asks a voter, whose answer is in flight afterwards. `held`: over a connection that was
     /// accepted before the receiver had reason to refuse the sender.
@@ -120,6 +130,10 @@ pub enum Step {
     Lead(Slot),
     /// A leader sends the first `len` entries of its log; the answer is in flight afterwards.
     Append { from: Slot, id: MemberId, len: u8, held: bool },
+    /// A leader sends its log to a member, and the request stays in flight.
+    SendLate { from: Slot, id: MemberId },
+    /// The request that stayed in flight arrives.
+    DeliverLate,
     /// A leader counts answers, and commits and applies all that it can.
     Commit(Slot),
     /// A leader proposes an acquisition.

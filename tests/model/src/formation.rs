@@ -158,6 +158,7 @@ impl Holdfast {
             slots: (0..slots).map(|slot| Some(Arc::new(Process::waiting(slot + 1)))).collect(),
             appended: Vec::new(),
             votes: Vec::new(),
+            late: None,
             clusters: Vec::new(),
             granted: 0,
             ended: 0,

@@ -11,7 +11,12 @@ use crate::state::{
 
 impl Holdfast {
     /// The leader at an address and its membership, if it may propose a change.
-    fn may_change<'a>(&self, state: &'a State, leader: Slot, allowed: bool) -> Option<(&'a Process, Membership)> {
+    fn may_change<'a>(
+        &self,
+        state: &'a State,
+        leader: Slot,
+        allowed: bool,
+    ) -> Option<(&'a Process, Membership)> {
         let process = self.leader_with_room(state, leader)?;
         let may = allowed && state.changes < self.limits.changes && process.membership_settled();
         may.then_some((process, *process.effective()?))
@@ -155,7 +160,7 @@ impl Holdfast {
         let fresh = next.draw_identity();
         let moved = next.slots[usize::from(from)].replace(Arc::new(Process::waiting(fresh)));
         next.slots[usize::from(to)] = moved;
-        next.prune();
+        self.prune(&mut next);
         Some(next)
     }
 
@@ -169,7 +174,7 @@ impl Holdfast {
         let process = next.at_mut(slot)?;
         process.role = Role::Follower;
         process.asked = None;
-        next.prune();
+        self.prune(&mut next);
         Some(next)
     }
 
@@ -196,14 +201,14 @@ impl Holdfast {
             Process::waiting(next.draw_identity())
         };
         next.slots[usize::from(slot)] = Some(Arc::new(fresh));
-        next.prune();
+        self.prune(&mut next);
         Some(next)
     }
 
     /// After the loss of a majority, a restore makes a waiting process the first member of a new cluster.
     pub(crate) fn restore(&self, state: &State, slot: Slot) -> Option<State> {
         let process = state.at(slot)?;
-        let restores = state.clusters.iter().filter(|cluster| cluster.base > 0).count();
+        let restores = state.clusters.len() - 1;
         let old = self.latest_membership(state, 0)?;
         let alive = old.quorum(|_, node| state.processes().any(|(_, p)| p.identity == node.identity));
         if process.naming.is_some() || alive || restores >= usize::from(self.limits.restores) {

@@ -83,7 +83,9 @@ pub(crate) fn properties(model: &Holdfast) -> Vec<Property<Holdfast>> {
         }));
     }
     if model.limits.lost > 0 && model.limits.acquires > 0 {
-        properties.push(Property::sometimes(GRANTED_AFTER_LOSS, |_, state: &State| state.lost > 0 && state.granted != 0));
+        properties.push(Property::sometimes(GRANTED_AFTER_LOSS, |_, state: &State| {
+            state.lost > 0 && state.granted != 0
+        }));
     }
     if model.limits.adds {
         properties.push(Property::sometimes(ADDED_LEADS, |_, state: &State| {

@@ -1,7 +1,11 @@
 //! Raft: elections, appends and commits, as openraft does them, with the checks of the peers' hello in front.
 
+use std::sync::Arc;
+
 use crate::config::{Limits, Start, Variant};
-use crate::state::{AppendAck, Entry, Kind, MemberId, Naming, Process, Role, Slot, State, VoteAck};
+use crate::state::{
+    AppendAck, AppendRequest, Entry, Kind, MemberId, Naming, Process, Role, Slot, State, VoteAck,
+};
 use crate::{Holdfast, Violation};
 
 /// What a receiver answers to the hello of a peer connection.
@@ -82,10 +86,12 @@ impl Holdfast {
                 let sender = next.at_mut(from)?;
                 sender.stopped = true;
                 sender.role = Role::Follower;
-                next.prune();
+                self.prune(&mut next);
                 return Some((next, Reached::Refused));
             }
-            Hello::Waiting | Hello::WrongReceiver if self.is(Variant::BelievesWrongHello) => Some(node.identity),
+            Hello::Waiting | Hello::WrongReceiver if self.is(Variant::BelievesWrongHello) => {
+                Some(node.identity)
+            }
             Hello::Waiting
                 if self.is(Variant::AnswersBindNobody) && state.at(slot)?.identity == node.identity =>
             {
@@ -102,18 +108,21 @@ impl Holdfast {
         Some((next, Reached::Handles(slot)))
     }
 
-    /// A member becomes a candidate. A process that no membership it knows names as a voter never does.
+    /// A member becomes a candidate, perhaps after a crash. A process that no membership it knows names as a voter
+    /// never does.
     pub(crate) fn stand(&self, state: &State, slot: Slot) -> Option<State> {
         let process = state.at(slot)?;
         let id = process.naming?.id;
-        let may = process.runs(slot)
-            && !process.banned
-            && process.role != Role::Leader
-            && process.term < self.limits.terms
-            && process.effective()?.votes(id);
+        let membership = process.effective()?;
+        // As in openraft: a voter in the membership in force, or in the last that it knows to be committed.
+        let may_stand = membership.votes(id)
+            || process.applied_membership().is_some_and(|applied| applied.votes(id))
+            || self.is(Variant::LearnersStand) && membership.node(id).is_some();
+        let may = process.runs(slot) && !process.banned && process.term < self.limits.terms && may_stand;
         // The members of a cluster in which nothing has happened are alike: the first is the first to stand.
         let Limits { start, .. } = &self.limits;
-        let alike = matches!(start, Start::Formed(_)) && state.lost == 0 && state.clusters[0].leaders.is_empty();
+        let alike =
+            matches!(start, Start::Formed(_)) && state.lost == 0 && state.clusters[0].leaders.is_empty();
         if !may || (alike && slot != 0 && state.processes().all(|(_, p)| p.term == 0)) {
             return None;
         }
@@ -122,7 +131,7 @@ impl Holdfast {
         process.term += 1;
         process.voted = id;
         process.role = Role::Candidate;
-        next.prune();
+        self.prune(&mut next);
         Some(next)
     }
 
@@ -148,10 +157,9 @@ impl Holdfast {
         }
         voter.term = term;
         voter.voted = naming.id;
-        let ack =
-            VoteAck { term: (naming.cluster, term), candidate: identity, id, identity: voter.identity };
+        let ack = VoteAck { term: (naming.cluster, term), candidate: identity, id, identity: voter.identity };
         insert(&mut next.votes, ack);
-        next.prune();
+        self.prune(&mut next);
         Some(next)
     }
 
@@ -190,28 +198,85 @@ impl Holdfast {
             .any(|(at, (entry, committed_in))| *committed_in < term.1 && log.get(at) != Some(entry));
         self.check(&mut next, !second, Violation::TwoLeaders);
         self.check(&mut next, !lost, Violation::AcknowledgedLost);
-        next.prune();
+        self.prune(&mut next);
         Some(next)
     }
 
-    /// A leader sends the first `len` entries of its log to a member.
-    pub(crate) fn append(&self, state: &State, from: Slot, id: MemberId, len: u8, held: bool) -> Option<State> {
-        let leader = state.at(from)?;
-        let naming = leader.naming?;
-        if leader.role != Role::Leader || id == naming.id || usize::from(len) > leader.log.len() {
+    /// A leader sends the first `len` entries of its log to a member, which handles them at once.
+    pub(crate) fn append(
+        &self,
+        state: &State,
+        from: Slot,
+        id: MemberId,
+        len: u8,
+        held: bool,
+    ) -> Option<State> {
+        let request = self.request(state, from, id, len)?;
+        let (mut next, reached) = self.reach(state, from, id, held)?;
+        if let Reached::Handles(slot) = reached {
+            self.handle(&mut next, slot, &request)?;
+        }
+        (next != *state).then_some(next)
+    }
+
+    /// A leader sends its log to a member over a connection that was welcomed, and the request is late.
+    pub(crate) fn send_late(&self, state: &State, from: Slot, id: MemberId) -> Option<State> {
+        let (_, hello) = self.hello(state, from, id)?;
+        if !self.limits.late_request || state.late.is_some() || hello != Hello::Welcome {
             return None;
         }
-        leader.effective()?.node(id)?;
-        let (mut next, reached) = self.reach(state, from, id, held)?;
-        let Reached::Handles(slot) = reached else { return Some(next) };
-        let sent = &leader.log[..usize::from(len)];
-        let follower = next.at_mut(slot)?;
-        if follower.term > leader.term {
-            return (next != *state).then_some(next);
+        let len = state.at(from)?.log.len() as u8;
+        let mut next = state.clone();
+        next.late = Some(Arc::new(self.request(state, from, id, len)?));
+        Some(next)
+    }
+
+    /// The late request arrives, whatever has become of its sender. The connection leads to the disk that was asked.
+    pub(crate) fn deliver_late(&self, state: &State) -> Option<State> {
+        let request = state.late.as_ref()?;
+        let (slot, _) = state.processes().find(|(slot, p)| {
+            let named = p.naming.is_some_and(|n| (n.cluster, n.id) == (request.term.0, request.id));
+            named && p.identity == request.identity && p.runs(*slot)
+        })?;
+        let mut next = state.clone();
+        next.late = None;
+        self.handle(&mut next, slot, request)?;
+        Some(next)
+    }
+
+    fn request(&self, state: &State, from: Slot, id: MemberId, len: u8) -> Option<AppendRequest> {
+        let leader = state.at(from)?;
+        let naming = leader.naming?;
+        if leader.role != Role::Leader || id == naming.id {
+            return None;
         }
-        follower.term = leader.term;
-        follower.voted = naming.id;
+        let membership = leader.effective()?;
+        let identity = membership.node(id)?.identity;
+        // A learner gets committed entries only. Else its log could be ahead of the voters', and it would refuse its vote
+        // to a candidate whose log already counts it as a voter.
+        let whole = membership.votes(id) || self.is(Variant::LearnersGetUncommitted);
+        let len = if whole { len } else { len.min(leader.applied) };
+        Some(AppendRequest {
+            term: (naming.cluster, leader.term),
+            leader: naming.id,
+            id,
+            identity,
+            entries: leader.log.get(..usize::from(len))?.to_vec(),
+            applied: leader.applied.min(len),
+        })
+    }
+
+    /// A follower handles an append. Nothing happens if it knows a higher term.
+    fn handle(&self, next: &mut State, slot: Slot, request: &AppendRequest) -> Option<()> {
+        let follower = next.at_mut(slot)?;
+        let (cluster, term) = request.term;
+        if follower.term > term {
+            return Some(());
+        }
+        follower.term = term;
+        follower.voted = request.leader;
         follower.role = Role::Follower;
+        let sent = &request.entries;
         let same = sent.iter().zip(&follower.log).take_while(|(a, b)| a.term == b.term).count();
         let mut truncates_applied = false;
         if same < sent.len() {
@@ -220,20 +285,20 @@ impl Holdfast {
             follower.log.extend_from_slice(&sent[same..]);
             follower.applied = follower.applied.min(same as u8);
         }
-        follower.applied = follower.applied.max(leader.applied.min(len));
+        follower.applied = follower.applied.max(request.applied);
         let identity = follower.identity;
         let applied = follower.log[..usize::from(follower.applied)].to_vec();
-        let acknowledged = &state.clusters[usize::from(naming.cluster)].acknowledged;
+        let acknowledged = &next.clusters[usize::from(cluster)].acknowledged;
         let agrees = applied.iter().zip(acknowledged).all(|(entry, (known, _))| entry == known);
-        let term = (naming.cluster, leader.term);
-        match next.appended.iter_mut().find(|a| (a.term, a.id, a.identity) == (term, id, identity)) {
-            Some(ack) => ack.len = ack.len.max(len),
-            None => insert(&mut next.appended, AppendAck { term, id, identity, len }),
+        let ack = AppendAck { term: request.term, id: request.id, identity, len: sent.len() as u8 };
+        match next.appended.iter_mut().find(|a| (a.term, a.id, a.identity) == (ack.term, ack.id, identity)) {
+            Some(known) => known.len = known.len.max(ack.len),
+            None => insert(&mut next.appended, ack),
         }
-        self.check(&mut next, !truncates_applied, Violation::TruncatedApplied);
-        self.check(&mut next, agrees, Violation::ReplicasDisagree);
-        next.prune();
-        Some(next)
+        self.check(next, !truncates_applied, Violation::TruncatedApplied);
+        self.check(next, agrees, Violation::ReplicasDisagree);
+        self.prune(next);
+        Some(())
     }
 
     /// A leader commits the last entry of its term that a quorum has, and applies all up to it.
@@ -271,7 +336,7 @@ impl Holdfast {
         self.check(&mut next, !lost, Violation::AcknowledgedLost);
         self.check_formed(&mut next, naming.cluster);
         self.grant(&mut next, leader, len);
-        next.prune();
+        self.prune(&mut next);
         Some(next)
     }
 }

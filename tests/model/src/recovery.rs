@@ -8,16 +8,22 @@
 
 use crate::Holdfast;
 use crate::config::Step;
-use crate::state::{ClusterId, Entry, Kind, MemberId, Membership, Slot, State};
+use crate::state::{ClusterId, Entry, Kind, MemberId, Membership, Node, Process, Slot, State};
 
 /// Bounds that no recovery reaches.
 const UNBOUNDED: u8 = 200;
 
 impl Holdfast {
-    /// The last committed membership of a cluster.
+    /// The last committed membership of a cluster. Before any is, the initial one, if a disk that is left has it.
     pub(crate) fn latest_membership(&self, state: &State, cluster: ClusterId) -> Option<Membership> {
         let entries = &state.clusters.get(usize::from(cluster))?.acknowledged;
-        entries.iter().rev().find_map(|(entry, _)| membership(entry))
+        let committed = entries.iter().rev().find_map(|(entry, _)| membership(entry));
+        let in_cluster = |p: &Process| p.naming.is_some_and(|naming| naming.cluster == cluster);
+        let initial = || {
+            let mut members = state.processes().filter(|(_, p)| in_cluster(p));
+            members.find_map(|(_, p)| p.log.first().and_then(membership))
+        };
+        committed.or_else(initial)
     }
 
     /// Whether this state leads to one that serves, or has no good majority.
@@ -30,10 +36,7 @@ impl Holdfast {
         (limits.terms, limits.log, limits.acquires) = (UNBOUNDED, UNBOUNDED, UNBOUNDED);
         match state.clusters.len() {
             0 => true,
-            1 if state.clusters[0].acknowledged.is_empty() && !model.inits().is_empty() => {
-                !model.init_may_continue(state)
-                    || model.continue_init(state).is_some_and(|next| model.serves(next, 0))
-            }
+            1 if model.init_may_continue(state) => model.continue_init(state).is_some(),
             _ => (0..state.clusters.len() as ClusterId)
                 .all(|cluster| !model.good_majority(state, cluster) || model.serves(state.clone(), cluster)),
         }
@@ -44,10 +47,10 @@ impl Holdfast {
     fn good_majority(&self, state: &State, cluster: ClusterId) -> bool {
         let Some(committed) = self.latest_membership(state, cluster) else { return false };
         let acknowledged = &state.clusters[usize::from(cluster)].acknowledged;
-        let good = |_: MemberId, node: crate::state::Node| {
+        let good = |_: MemberId, node: Node| {
             state.at(node.slot).is_some_and(|p| p.identity == node.identity && p.naming.is_some())
         };
-        let in_cluster = |p: &crate::state::Process| p.naming.is_some_and(|n| n.cluster == cluster);
+        let in_cluster = |p: &Process| p.naming.is_some_and(|n| n.cluster == cluster);
         committed.quorum(good)
             && state.processes().filter(|(_, p)| in_cluster(p)).all(|(_, p)| {
                 let known = p.log.iter().zip(acknowledged).take_while(|(a, (b, _))| *a == b).count();
@@ -104,7 +107,8 @@ impl Holdfast {
             }
             self.take(state, Step::Commit(slot));
             self.take(state, Step::Finish(slot));
-            if state.at(slot).is_some_and(|p| usize::from(p.applied) == p.log.len() && p.membership_settled()) {
+            if state.at(slot).is_some_and(|p| usize::from(p.applied) == p.log.len() && p.membership_settled())
+            {
                 return true;
             }
         }
@@ -119,7 +123,10 @@ impl Holdfast {
     }
 
     fn members_known_at(&self, state: &State, slot: Slot) -> Vec<MemberId> {
-        state.at(slot).and_then(|p| p.effective()).map_or_else(Vec::new, |m| m.members().map(|(id, _)| id).collect())
+        state
+            .at(slot)
+            .and_then(|p| p.effective())
+            .map_or_else(Vec::new, |m| m.members().map(|(id, _)| id).collect())
     }
 
     /// Whether the one init that was begun meets only processes that wait or are bound by it.
@@ -130,7 +137,7 @@ impl Holdfast {
             (coordinator == slot).then_some((init, naming.cluster, p.log.is_empty()))
         });
         let Some((init, cluster, true)) = founded else { return false };
-        let list = &self.inits()[usize::from(init) - 1].1;
+        let Some((_, list)) = self.inits().get(usize::from(init) - 1) else { return false };
         list.iter().all(|slot| {
             state.at(*slot).is_some_and(|p| {
                 let naming = p.naming;
@@ -141,9 +148,9 @@ impl Holdfast {
 
     /// The operator repeats the init at its coordinator, which has restarted.
     fn continue_init(&self, state: &State) -> Option<State> {
-        let (init, coordinator) = state.processes().find_map(|(slot, p)| {
-            p.naming?.founding.filter(|(_, coordinator)| *coordinator == slot)
-        })?;
+        let (init, coordinator) = state
+            .processes()
+            .find_map(|(slot, p)| p.naming?.founding.filter(|(_, coordinator)| *coordinator == slot))?;
         let mut next = self.crash(state, coordinator).unwrap_or_else(|| state.clone());
         let list = self.inits()[usize::from(init) - 1].1.clone();
         for slot in &list {

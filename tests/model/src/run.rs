@@ -60,15 +60,31 @@ pub fn check(model: Holdfast, threads: usize, states: usize) -> Outcome {
     }
 }
 
+impl Outcome {
+    /// The states and the result in one line.
+    pub fn summary(&self) -> String {
+        let Outcome { unique, total, depth, took, .. } = self;
+        let seconds = took.as_secs_f64();
+        format!("{unique} unique states, {total} in total, depth {depth}, {seconds:.1} s: {}", self.result())
+    }
+
+    /// What the run says about the properties.
+    pub fn result(&self) -> &'static str {
+        match self.counterexamples.first() {
+            Some((property, _)) => *property,
+            None if self.complete => "holds",
+            None => "holds as far as explored",
+        }
+    }
+}
+
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Outcome { unique, total, depth, took, .. } = self;
-        write!(f, "{unique} unique states, {total} in total, depth {depth}, {:.1} s", took.as_secs_f64())?;
-        write!(f, "{}", if self.complete { ", complete" } else { "" })?;
+        write!(f, "{}", self.summary())?;
         for (property, steps) in &self.counterexamples {
-            writeln!(f, "\n\"{property}\" is violated after {} steps:", steps.len())?;
+            write!(f, "\n\"{property}\" is violated after {} steps:", steps.len())?;
             for step in steps {
-                writeln!(f, "  {step:?}")?;
+                write!(f, "\n  {step:?}")?;
             }
         }
         for property in &self.unreached {

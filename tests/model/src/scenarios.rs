@@ -2,7 +2,7 @@
 
 use crate::config::{Limits, Start, Step, Variant};
 use crate::state::{MemberId, Slot};
-use crate::{Holdfast, SERVES, Violation};
+use crate::{Holdfast, Outcome, SERVES, Violation};
 
 /// A named run and what it must find.
 #[derive(Clone, Debug)]
@@ -13,6 +13,19 @@ pub struct Scenario {
     pub model: Holdfast,
     /// The property that must be violated; none for the protocol itself.
     pub violates: Option<&'static str>,
+}
+
+impl Scenario {
+    /// Whether a run found what it must: the violation of just one property, or nothing.
+    pub fn accepts(&self, outcome: &Outcome) -> bool {
+        let violated: Vec<_> = outcome.counterexamples.iter().map(|(property, _)| *property).collect();
+        violated.as_slice() == self.violates.as_slice()
+    }
+}
+
+/// All scenarios, with the long bounds.
+pub fn all() -> Vec<Scenario> {
+    [protocol(true), variants(), examined()].concat()
 }
 
 fn holds(name: &'static str, limits: Limits) -> Scenario {
@@ -35,14 +48,16 @@ pub fn protocol(long: bool) -> Vec<Scenario> {
     let three = Limits { symmetry: true, ..Limits::formed(3) };
     let adds = Limits { slots: 4, adds: true, terms: 2, acquires: 1, log: 6, changes: 2, ..three.clone() };
     let removes = Limits { removes: true, terms: 2, acquires: 1, log: 5, changes: 1, ..three.clone() };
-    let moves = Limits { slots: 4, moves: true, terms: 2, acquires: 1, log: 4, changes: 2, ..Limits::formed(3) };
+    let moves =
+        Limits { slots: 4, moves: true, terms: 2, acquires: 1, log: 4, changes: 2, ..Limits::formed(3) };
     let restore = Limits { lost: 2, restores: 1, terms: 2, log: 3, ..Limits::formed(3) };
     let initialised = Limits { start: Start::Initialised(3), lost: 2, ..three.clone() };
     let inits = |list: Vec<u8>| Limits { recovery: true, ..two_inits(list, 1) };
     let mut all = vec![
         holds("3 members", Limits { lost: 2, ..three.clone() }),
         holds("3 members, recovery", Limits { lost: 2, terms: 2, recovery: true, ..three.clone() }),
-        holds("3 members, just initialised", initialised.clone()),
+        holds("3 members, just initialised", initialised),
+        holds("3 members, late append", Limits { lost: 1, terms: 2, late_request: true, ..three.clone() }),
         holds("5 members", Limits { lost: 1, terms: 2, log: 3, symmetry: true, ..Limits::formed(5) }),
         holds("two inits, one list", inits(vec![0, 1, 2])),
         holds("two inits, another order", inits(vec![2, 1, 0])),
@@ -55,8 +70,12 @@ pub fn protocol(long: bool) -> Vec<Scenario> {
         all.extend([
             holds("3 members, releases", Limits { lost: 2, releases: true, log: 5, ..three.clone() }),
             holds("3 members, partial appends", Limits { lost: 1, partial_appends: true, ..three.clone() }),
-            holds("5 members, 2 lost", Limits { lost: 2, terms: 2, log: 3, symmetry: true, ..Limits::formed(5) }),
-            holds("add, lost disk", Limits { lost: 1, acquires: 0, recovery: true, ..adds.clone() }),
+            holds("3 members, late append, 3 terms", Limits { lost: 1, late_request: true, ..three.clone() }),
+            holds(
+                "5 members, 2 lost",
+                Limits { lost: 2, terms: 2, log: 3, symmetry: true, ..Limits::formed(5) },
+            ),
+            Scenario { name: "add, lost disk", model: growing(), violates: None },
             holds("add, lost disk, key", Limits { lost: 1, ..adds.clone() }),
             holds("remove, 2 lost", Limits { lost: 2, terms: 3, ..removes }),
             holds("replace", Limits { removes: true, lost: 1, acquires: 0, log: 7, changes: 3, ..adds }),
@@ -89,6 +108,7 @@ pub fn variants() -> Vec<Scenario> {
         breaks("restore without jump", restore.clone(), RestoreWithoutJump, TokenShrinks),
         breaks("restore without quarantine", restore, RestoreWithoutQuarantine, TwoHolders),
         stuck("sender compared with uncommitted", stale_add(), ComparesUncommitted),
+        stuck("learners get uncommitted entries", growing(), LearnersGetUncommitted),
         stuck("used ids from uncommitted", lagging_follower(), UsedByUncommitted),
         stuck("ids of removed members return", returning_id(), ReusesIds),
     ]
@@ -97,18 +117,37 @@ pub fn variants() -> Vec<Scenario> {
 /// Weaker rules for which no counterexample is known, and the protocol after the scripts that break a variant.
 pub fn examined() -> Vec<Scenario> {
     let moves = Limits { changes: 1, moves: true, lost: 1, terms: 2, ..Limits::formed(3) };
-    let adds = Limits { slots: 4, adds: true, terms: 2, acquires: 0, log: 6, changes: 2, ..Limits::formed(3) };
-    let variant = |name, limits, variant| Scenario {
-        name,
-        model: Holdfast::new(limits).with(variant),
-        violates: None,
-    };
+    let adds =
+        Limits { slots: 4, adds: true, terms: 2, acquires: 0, log: 6, changes: 2, ..Limits::formed(3) };
+    let variant =
+        |name, limits, variant| Scenario { name, model: Holdfast::new(limits).with(variant), violates: None };
     vec![
         Scenario { name: "protocol after a stale add", model: stale_add(), violates: None },
         Scenario { name: "protocol with a lagging follower", model: lagging_follower(), violates: None },
+        Scenario {
+            name: "learners get uncommitted entries and stand",
+            model: growing().with(Variant::LearnersGetUncommitted).with(Variant::LearnersStand),
+            violates: None,
+        },
         variant("move binds after the commit", moves, Variant::MoveTakesDialedIdentityBindsCommitted),
         variant("bind before the commit", adds, Variant::BindsUncommitted),
     ]
+}
+
+/// Three members, one of whose disks is lost, and a process that is added and promoted.
+fn growing() -> Holdfast {
+    Holdfast::new(Limits {
+        slots: 4,
+        adds: true,
+        changes: 2,
+        log: 6,
+        terms: 2,
+        acquires: 0,
+        lost: 1,
+        recovery: true,
+        symmetry: true,
+        ..Limits::formed(3)
+    })
 }
 
 /// A variant after which a majority of good disks does not serve.

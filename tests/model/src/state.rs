@@ -260,6 +260,23 @@ pub struct AppendAck {
     pub len: u8,
 }
 
+/// An append that was sent.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct AppendRequest {
+    /// The cluster and term of the leader.
+    pub term: (ClusterId, u8),
+    /// The id of the leader.
+    pub leader: MemberId,
+    /// The id of the follower.
+    pub id: MemberId,
+    /// The disk of the follower that welcomed the connection.
+    pub identity: Identity,
+    /// The log of the leader, from its beginning.
+    pub entries: Vec<Entry>,
+    /// How many of them the leader has applied.
+    pub applied: u8,
+}
+
 /// A granted vote, in flight until its candidate gives up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct VoteAck {
@@ -295,6 +312,8 @@ pub struct State {
     pub appended: Vec<AppendAck>,
     /// Sorted.
     pub votes: Vec<VoteAck>,
+    /// An append that is still in flight. All others are handled when they are sent.
+    pub late: Option<Arc<AppendRequest>>,
     /// What happened in each cluster id that was drawn.
     pub clusters: Vec<Arc<Cluster>>,
     /// The acquisitions that any leader has applied: their backends may run.
@@ -345,13 +364,16 @@ impl State {
         self.next_identity - 1
     }
 
-    /// Forgets answers that no process can use any more, so that states which behave alike are equal.
-    pub fn prune(&mut self) {
+    /// Forgets answers that no process can use any more, so that states which behave alike are equal. Only a
+    /// promotion looks at answers of a member that has no more than its leader has applied.
+    pub fn prune(&mut self, promotions: bool) {
         let State { slots, appended, votes, .. } = self;
         let processes = || slots.iter().flatten().filter_map(|p| Some((p, p.naming?.cluster)));
         appended.retain(|ack| {
             processes().any(|(p, cluster)| {
-                p.role == Role::Leader && (cluster, p.term) == ack.term && ack.len >= p.applied
+                p.role == Role::Leader
+                    && (cluster, p.term) == ack.term
+                    && (ack.len > p.applied || promotions && ack.len == p.applied)
             })
         });
         votes.retain(|ack| {

@@ -71,7 +71,9 @@ impl Numbers {
 impl Holdfast {
     /// The state that stands for all its renumberings.
     pub(crate) fn representative(&self, state: State) -> State {
-        let (Start::Formed(founders) | Start::Initialised(founders)) = self.limits.start else { return state };
+        let (Start::Formed(founders) | Start::Initialised(founders)) = self.limits.start else {
+            return state;
+        };
         let limits = &self.limits;
         if !limits.symmetry || limits.moves || limits.restores > 0 {
             return state;
@@ -137,6 +139,8 @@ fn appearance(state: &State, slot: Slot, founders: u8) -> u64 {
     for ack in state.appended.iter().filter(|ack| ack.id == id) {
         (ack.term, ack.len, ack.identity == id).hash(&mut hasher);
     }
+    let late = state.late.as_ref().map(|late| (late.term, late.leader == id, late.id == id));
+    late.hash(&mut hasher);
     for ack in state.votes.iter().filter(|ack| ack.id == id) {
         (ack.term, ack.identity == id).hash(&mut hasher);
     }
@@ -162,6 +166,12 @@ fn renumber(mut state: State, numbers: &Numbers) -> State {
     for ack in &mut state.votes {
         (ack.id, ack.identity) = (numbers.id(ack.id), numbers.identity(ack.identity));
         ack.candidate = numbers.identity(ack.candidate);
+    }
+    if let Some(late) = &mut state.late {
+        let late = Arc::make_mut(late);
+        (late.leader, late.id) = (numbers.id(late.leader), numbers.id(late.id));
+        late.identity = numbers.identity(late.identity);
+        late.entries.iter_mut().for_each(|entry| numbers.entry(entry));
     }
     state.appended.sort();
     state.votes.sort();
