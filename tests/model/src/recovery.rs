@@ -64,7 +64,7 @@ impl Holdfast {
         (0..slots * 2).any(|turn| {
             let slot = turn % slots;
             let Some(process) = state.at(slot) else { return false };
-            if !process.naming.is_some_and(|naming| naming.cluster == cluster) {
+            if process.naming.is_none_or(|naming| naming.cluster != cluster) {
                 return false;
             }
             if let Some(crashed) = self.crash(&state, slot) {

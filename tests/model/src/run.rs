@@ -71,7 +71,7 @@ impl Outcome {
     /// What the run says about the properties.
     pub fn result(&self) -> &'static str {
         match self.counterexamples.first() {
-            Some((property, _)) => *property,
+            Some((property, _)) => property,
             None if self.complete => "holds",
             None => "holds as far as explored",
         }
