@@ -19,7 +19,7 @@ pub enum Variant {
     MoveTakesDialedIdentityBindsCommitted,
     /// A receiver that is named wrongly becomes what it is called.
     BelievesWrongHello,
-    /// A dialer names a waiting process for a membership entry that is not yet committed.
+    /// A leader names a waiting process for a membership entry that is not yet committed.
     BindsUncommitted,
     /// Sender checks compare with the membership in force, committed or not, instead of the applied one.
     ComparesUncommitted,
@@ -27,6 +27,11 @@ pub enum Variant {
     UsedByUncommitted,
     /// A leader sends learners entries that are not yet committed, as openraft does.
     LearnersGetUncommitted,
+    /// A learner gets what waits for the commit as soon as its leader may learn that it leads no more: the connection
+    /// ends, and nothing is held back at its end.
+    LearnersGetRestAtEnd,
+    /// A learner is made a voter whether or not the present voters answer.
+    PromotesWhileVotersAreSilent,
     /// A learner may stand for election. Its own vote does not count.
     LearnersStand,
     /// The next id is one more than the largest id in the membership, so that the id of a removed member returns.
@@ -144,7 +149,7 @@ pub enum Step {
     Release(Slot),
     /// `cluster add`: a leader proposes the process at an address as a learner.
     Add { leader: Slot, slot: Slot },
-    /// A dialer names a waiting process that the membership records.
+    /// A leader names a waiting process that its membership records.
     Bind { from: Slot, id: MemberId },
     /// A leader proposes that a learner votes.
     Promote { leader: Slot, id: MemberId },

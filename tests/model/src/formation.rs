@@ -51,6 +51,10 @@ impl Holdfast {
         let mut next = state.clone();
         let process = next.at_mut(coordinator)?;
         let asked = process.asked.get_or_insert(Asked { init, answers: [0; IDS], bound: 0 });
+        // All are asked before the first is bound. An init that is repeated begins again, which is a crash here.
+        if asked.bound != 0 {
+            return None;
+        }
         asked.answers[usize::from(slot)] = answer;
         Some(next)
     }

@@ -13,7 +13,7 @@ struct Options {
     #[arg(long, default_value = "")]
     only: String,
     /// Stops a scenario after so many states in total.
-    #[arg(long, default_value_t = 30_000_000)]
+    #[arg(long, default_value_t = 10_000_000)]
     states: usize,
     /// Threads per scenario of the protocol. Broken rules are explored by one, which finds a shortest counterexample.
     #[arg(long, default_value_t = 2)]

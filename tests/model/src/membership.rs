@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use crate::Holdfast;
 use crate::config::Variant;
 use crate::keys::propose;
 use crate::state::{
     Cluster, Entry, IDS, Kind, MemberId, Membership, Naming, Node, Process, Role, Slot, State, bit,
 };
+use crate::{Holdfast, Violation};
 
 impl Holdfast {
     /// The leader at an address and its membership, if it may propose a change.
@@ -50,10 +50,10 @@ impl Holdfast {
         self.change(state, leader, membership)
     }
 
-    /// A process that dials a waiting one names it, if its committed membership records just this disk.
+    /// A leader that dials a waiting process names it, if its committed membership records just this disk.
     pub(crate) fn bind(&self, state: &State, from: Slot, id: MemberId) -> Option<State> {
         let dialer = state.at(from)?;
-        if dialer.role == Role::Follower || !dialer.runs(from) {
+        if dialer.role != Role::Leader || !dialer.runs(from) {
             return None;
         }
         let source = match self.is(Variant::BindsUncommitted) {
@@ -80,12 +80,19 @@ impl Holdfast {
         let caught_up = state.appended.iter().any(|ack| {
             ack.term == term && (ack.id, ack.identity) == (id, node.identity) && ack.len >= process.applied
         });
-        if membership.votes(id) || !caught_up {
+        let anytime = self.is(Variant::PromotesWhileVotersAreSilent);
+        if membership.votes(id) || !caught_up || !(anytime || spares_new_vote(state, process, &membership)) {
             return None;
         }
         membership.outgoing = membership.voters;
         membership.voters |= bit(id);
-        self.change(state, leader, membership)
+        let mut next = self.change(state, leader, membership)?;
+        // The second of two voters is always needed.
+        if self.limits.recovery && membership.outgoing.count_ones() > 1 {
+            let serves = self.serves_without(&next, node.slot);
+            self.check(&mut next, serves, Violation::NewVoterNeeded);
+        }
+        Some(next)
     }
 
     /// The leader proposes to remove a member: a voter by a joint change, a learner at once.
@@ -241,4 +248,16 @@ impl Holdfast {
         next.ended |= bit(state.acquires) - 1;
         Some(next)
     }
+}
+
+/// Whether so many of the present voters answer the leader that a new one is not needed for the change that makes it a
+/// voter. A voter answers if it has its disk and knows the leader's term.
+fn spares_new_vote(state: &State, leader: &Process, membership: &Membership) -> bool {
+    let answers = |id: MemberId, node: Node| {
+        membership.votes(id)
+            && state.at(node.slot).is_some_and(|p| p.identity == node.identity && p.term >= leader.term)
+    };
+    let voters = membership.voters.count_ones() as usize;
+    let answering = membership.members().filter(|(id, node)| answers(*id, *node)).count();
+    answering >= voters.min(voters.div_ceil(2) + 1)
 }

@@ -22,11 +22,13 @@ pub enum Violation {
     TwoLeaders,
     /// Two clusters with a founder in common have committed entries.
     TwoClusters,
+    /// A majority of the voters, all with their disks, can't serve without a member that is just being made a voter.
+    NewVoterNeeded,
 }
 
 impl Violation {
     /// All of them.
-    pub const ALL: [Violation; 7] = [
+    pub const ALL: [Violation; 8] = [
         Violation::TwoHolders,
         Violation::TokenShrinks,
         Violation::AcknowledgedLost,
@@ -34,6 +36,7 @@ impl Violation {
         Violation::ReplicasDisagree,
         Violation::TwoLeaders,
         Violation::TwoClusters,
+        Violation::NewVoterNeeded,
     ];
 
     /// The property that is violated.
@@ -46,6 +49,7 @@ impl Violation {
             Violation::ReplicasDisagree => "6: replicas agree",
             Violation::TwoLeaders => "5: one leader per term",
             Violation::TwoClusters => "5: one cluster per init list",
+            Violation::NewVoterNeeded => "5: a promotion needs no vote of the promoted",
         }
     }
 }
@@ -66,8 +70,16 @@ fn absent<const N: usize>(_: &Holdfast, state: &State) -> bool {
 /// The properties of a run: those that must hold in every state, and what must be reachable for the run to mean
 /// anything.
 pub(crate) fn properties(model: &Holdfast) -> Vec<Property<Holdfast>> {
-    let conditions: [fn(&Holdfast, &State) -> bool; 7] =
-        [absent::<0>, absent::<1>, absent::<2>, absent::<3>, absent::<4>, absent::<5>, absent::<6>];
+    let conditions: [fn(&Holdfast, &State) -> bool; 8] = [
+        absent::<0>,
+        absent::<1>,
+        absent::<2>,
+        absent::<3>,
+        absent::<4>,
+        absent::<5>,
+        absent::<6>,
+        absent::<7>,
+    ];
     let mut properties: Vec<Property<Holdfast>> = Violation::ALL
         .iter()
         .zip(conditions)

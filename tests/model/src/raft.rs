@@ -254,7 +254,11 @@ impl Holdfast {
         let identity = membership.node(id)?.identity;
         // A learner gets committed entries only. Else its log could be ahead of the voters', and it would refuse its vote
         // to a candidate whose log already counts it as a voter.
-        let whole = membership.votes(id) || self.is(Variant::LearnersGetUncommitted);
+        let ends = self.is(Variant::LearnersGetRestAtEnd)
+            && state
+                .processes()
+                .any(|(_, p)| p.naming.is_some_and(|n| n.cluster == naming.cluster) && p.term > leader.term);
+        let whole = membership.votes(id) || self.is(Variant::LearnersGetUncommitted) || ends;
         let len = if whole { len } else { len.min(leader.applied) };
         Some(AppendRequest {
             term: (naming.cluster, leader.term),

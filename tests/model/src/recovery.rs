@@ -6,9 +6,11 @@
 //! which a leader has committed an entry of its own term and has ended the joint change, if there was one. The
 //! schedule is one of the many fair ones; randomised timeouts give each candidate its turn with probability 1.
 
+use std::sync::Arc;
+
 use crate::Holdfast;
 use crate::config::Step;
-use crate::state::{ClusterId, Entry, Kind, MemberId, Membership, Node, Process, Slot, State};
+use crate::state::{ClusterId, Entry, Kind, MemberId, Membership, Naming, Node, Process, Slot, State};
 
 /// Bounds that no recovery reaches.
 const UNBOUNDED: u8 = 200;
@@ -31,9 +33,7 @@ impl Holdfast {
         if !state.violations.is_empty() {
             return true;
         }
-        let mut model = self.clone();
-        let limits = &mut model.limits;
-        (limits.terms, limits.log, limits.acquires) = (UNBOUNDED, UNBOUNDED, UNBOUNDED);
+        let model = self.unbounded();
         match state.clusters.len() {
             0 => true,
             1 if model.init_may_continue(state) => model.continue_init(state).is_some(),
@@ -42,14 +42,31 @@ impl Holdfast {
         }
     }
 
+    /// Whether a cluster whose good disks were a majority still serves when the disk at this address is lost now.
+    pub(crate) fn serves_without(&self, state: &State, slot: Slot) -> bool {
+        let Some(Naming { cluster, .. }) = state.at(slot).and_then(|p| p.naming) else { return true };
+        let mut state = state.clone();
+        let fresh = state.draw_identity();
+        state.slots[usize::from(slot)] = Some(Arc::new(Process::waiting(fresh)));
+        let committed = self.latest_membership(&state, cluster);
+        let majority = committed.is_some_and(|m| m.quorum(|id, node| is_good(&state, cluster, id, node)));
+        !majority || self.unbounded().serves(state, cluster)
+    }
+
+    /// Without bounds that could end a fair schedule.
+    fn unbounded(&self) -> Holdfast {
+        let mut model = self.clone();
+        let limits = &mut model.limits;
+        (limits.terms, limits.log, limits.acquires) = (UNBOUNDED, UNBOUNDED, UNBOUNDED);
+        model
+    }
+
     /// Whether the good disks are a majority in the last committed membership, and in each later one that any good
     /// disk has in its log: a joint change that was begun needs both of its majorities.
     fn good_majority(&self, state: &State, cluster: ClusterId) -> bool {
         let Some(committed) = self.latest_membership(state, cluster) else { return false };
         let acknowledged = &state.clusters[usize::from(cluster)].acknowledged;
-        let good = |_: MemberId, node: Node| {
-            state.at(node.slot).is_some_and(|p| p.identity == node.identity && p.naming.is_some())
-        };
+        let good = |id: MemberId, node: Node| is_good(state, cluster, id, node);
         let in_cluster = |p: &Process| p.naming.is_some_and(|n| n.cluster == cluster);
         committed.quorum(good)
             && state.processes().filter(|(_, p)| in_cluster(p)).all(|(_, p)| {
@@ -164,6 +181,13 @@ impl Holdfast {
         self.elect(&mut next, coordinator);
         self.leads_to_service(&mut next, coordinator).then_some(next)
     }
+}
+
+/// Whether the process at a recorded address has the recorded disk, and is bound as this member.
+fn is_good(state: &State, cluster: ClusterId, id: MemberId, node: Node) -> bool {
+    state.at(node.slot).is_some_and(|p| {
+        p.identity == node.identity && p.naming.is_some_and(|n| (n.cluster, n.id) == (cluster, id))
+    })
 }
 
 /// The membership that an entry holds.

@@ -64,6 +64,7 @@ pub fn protocol(long: bool) -> Vec<Scenario> {
         holds("two inits, overlapping lists", inits(vec![1, 2])),
         holds("remove", Limits { lost: 1, recovery: true, ..removes.clone() }),
         holds("add", Limits { lost: 0, acquires: 0, ..adds.clone() }),
+        Scenario { name: "add, lost disk", model: growing(), violates: None },
         holds("restore", Limits { acquires: 1, ..restore.clone() }),
     ];
     if long {
@@ -75,7 +76,6 @@ pub fn protocol(long: bool) -> Vec<Scenario> {
                 "5 members, 2 lost",
                 Limits { lost: 2, terms: 2, log: 3, symmetry: true, ..Limits::formed(5) },
             ),
-            Scenario { name: "add, lost disk", model: growing(), violates: None },
             holds("add, lost disk, key", Limits { lost: 1, ..adds.clone() }),
             holds("remove, 2 lost", Limits { lost: 2, terms: 3, ..removes }),
             holds("replace", Limits { removes: true, lost: 1, acquires: 0, log: 7, changes: 3, ..adds }),
@@ -109,6 +109,13 @@ pub fn variants() -> Vec<Scenario> {
         breaks("restore without quarantine", restore, RestoreWithoutQuarantine, TwoHolders),
         stuck("sender compared with uncommitted", stale_add(), ComparesUncommitted),
         stuck("learners get uncommitted entries", growing(), LearnersGetUncommitted),
+        stuck("learners get the rest at the end", deposed_leader(), LearnersGetRestAtEnd),
+        breaks(
+            "promotes while voters are silent",
+            growing().limits,
+            PromotesWhileVotersAreSilent,
+            NewVoterNeeded,
+        ),
         stuck("used ids from uncommitted", lagging_follower(), UsedByUncommitted),
         stuck("ids of removed members return", returning_id(), ReusesIds),
     ]
@@ -123,6 +130,7 @@ pub fn examined() -> Vec<Scenario> {
         |name, limits, variant| Scenario { name, model: Holdfast::new(limits).with(variant), violates: None };
     vec![
         Scenario { name: "protocol after a stale add", model: stale_add(), violates: None },
+        Scenario { name: "protocol with a deposed leader", model: deposed_leader(), violates: None },
         Scenario { name: "protocol with a lagging follower", model: lagging_follower(), violates: None },
         Scenario {
             name: "learners get uncommitted entries and stand",
@@ -130,7 +138,12 @@ pub fn examined() -> Vec<Scenario> {
             violates: None,
         },
         variant("move binds after the commit", moves, Variant::MoveTakesDialedIdentityBindsCommitted),
-        variant("bind before the commit", adds, Variant::BindsUncommitted),
+        variant("bind before the commit", adds.clone(), Variant::BindsUncommitted),
+        variant(
+            "promotes while voters are silent: safety",
+            Limits { lost: 1, acquires: 1, symmetry: true, ..adds },
+            Variant::PromotesWhileVotersAreSilent,
+        ),
     ]
 }
 
@@ -179,9 +192,21 @@ fn stale_add() -> Holdfast {
     let mut script = vec![Step::Stand(0), vote(0, 2), Step::Lead(0), Step::Add { leader: 0, slot: 4 }];
     script.extend([Step::Stand(1), vote(1, 3), Step::Lead(1), Step::Add { leader: 1, slot: 3 }]);
     script.extend([append(1, 3, 3), Step::Commit(1), Step::Bind { from: 1, id: 4 }, append(1, 4, 3)]);
+    script.push(append(1, 1, 1));
     script.extend([Step::Promote { leader: 1, id: 4 }, append(1, 3, 4), append(1, 4, 4), Step::Commit(1)]);
     script.extend([Step::Finish(1), append(1, 3, 5), append(1, 4, 5), Step::Commit(1)]);
     Holdfast::new(limits).after(script)
+}
+
+/// Three members and a learner that has all that is committed. The first leader's log alone holds its promotion. Member 2
+/// leads term 2, as member 3 knows. One disk may be lost and one more process may stand from then on.
+fn deposed_leader() -> Holdfast {
+    let Holdfast { limits, .. } = growing();
+    let mut script = vec![Step::Stand(0), vote(0, 2), Step::Lead(0), append(0, 3, 2)];
+    script.extend([Step::Add { leader: 0, slot: 3 }, append(0, 2, 3), Step::Commit(0)]);
+    script.extend([Step::Bind { from: 0, id: 4 }, append(0, 4, 3), Step::Promote { leader: 0, id: 4 }]);
+    script.extend([Step::Stand(1), vote(1, 3), Step::Lead(1)]);
+    Holdfast::new(Limits { terms: 3, symmetry: false, ..limits }).after(script)
 }
 
 /// Member 4 was added and promoted while member 2 had not yet applied the entry that added it.
@@ -199,6 +224,7 @@ fn lagging_follower() -> Holdfast {
     };
     let mut script = vec![Step::Stand(0), vote(0, 2), Step::Lead(0), Step::Add { leader: 0, slot: 3 }];
     script.extend([append(0, 2, 3), Step::Commit(0), Step::Bind { from: 0, id: 4 }, append(0, 4, 3)]);
+    script.push(append(0, 3, 1));
     script.extend([Step::Promote { leader: 0, id: 4 }, append(0, 3, 4), append(0, 4, 4), Step::Commit(0)]);
     script.extend([Step::Finish(0), append(0, 3, 5), append(0, 4, 5), Step::Commit(0)]);
     Holdfast::new(limits).after(script)

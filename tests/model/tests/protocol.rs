@@ -80,6 +80,16 @@ fn a_stale_uncommitted_add_blocks_no_one() {
 }
 
 #[test]
+fn a_learner_is_never_ahead_of_the_voters_of_a_deposed_leader() {
+    explore("protocol with a deposed leader");
+}
+
+#[test]
+fn a_member_is_added_and_promoted_while_a_disk_is_lost() {
+    explore("add, lost disk");
+}
+
+#[test]
 fn a_follower_that_lags_stops_no_new_member() {
     explore("protocol with a lagging follower");
 }

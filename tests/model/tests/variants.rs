@@ -88,6 +88,17 @@ fn ids_of_removed_members_that_return_block_the_cluster() {
     finds("ids of removed members return", SERVES);
 }
 
+#[test]
+fn learners_that_get_the_rest_at_the_end_block_the_cluster() {
+    finds("learners get the rest at the end", SERVES);
+}
+
+/// Two of three voters have their disks. The third disk was lost before the promotion, the new voter's is lost after it.
+#[test]
+fn a_promotion_while_voters_are_silent_needs_the_promoted_one() {
+    finds("promotes while voters are silent", Violation::NewVoterNeeded.property());
+}
+
 /// A learner that has an entry of a leader whose disk is lost refuses its vote to the one candidate that is left, whose
 /// log counts it as a voter; it does not stand itself.
 #[test]
