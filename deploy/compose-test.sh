@@ -71,11 +71,23 @@ leader() { holdfast cluster status --json 2>/dev/null | json_field leader; }
 
 cluster_ready() {
     local status ended
-    ended=$(docker ps -a --filter "label=com.docker.compose.project=$project" --filter status=exited --format '{{.Names}}')
+    # The service that forms the cluster ends, with 0.
+    ended=$(docker ps -a --filter "label=com.docker.compose.project=$project" --filter status=exited \
+        --format '{{.Label "com.docker.compose.service"}} {{.Status}}' | grep -v '^init Exited (0)' || true)
     [ -z "$ended" ] || fail "ended by themselves: $ended"
     status=$(holdfast cluster status --json 2>/dev/null) || return 1
     [ -n "$(json_field leader <<<"$status")" ] && [ "$(json_count ready true < <(holdfast drones list --json 2>/dev/null))" -eq "$DRONES" ]
 }
+
+init_ended() { [ "$(docker inspect -f '{{.State.Status}}' "$(container init)")" = exited ]; }
+
+# init_done: the service that forms the cluster has ended well.
+init_done() {
+    wait_until "$READY_TIMEOUT_S" init_ended || fail "the init service has not ended after $READY_TIMEOUT_S s"
+    check "the init service ended well" "$(docker inspect -f '{{.State.ExitCode}}' "$(container init)")" 0
+}
+
+cluster_id() { holdfast cluster status --json | json_field cluster_id; }
 
 # other_leader ID: there is a leader, and it is not ID.
 other_leader() {
@@ -163,6 +175,11 @@ deploy/image.sh "$HOLDFAST_IMAGE" >"$work/image.log" 2>&1 || fail "no image: $(c
 compose up -d || fail "compose up failed"
 wait_until "$READY_TIMEOUT_S" cluster_ready || fail "the cluster is not ready after $READY_TIMEOUT_S s"
 ok "$CONTROLLERS controllers and $DRONES drones are ready"
+init_done
+formed=$(cluster_id)
+compose up -d || fail "compose up failed when everything was up"
+init_done
+check "a second 'up' changed nothing" "$(cluster_id)" "$formed"
 
 say "2. Connect to $KEYS keys"
 declare -a backends tokens pages

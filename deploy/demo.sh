@@ -54,12 +54,13 @@ demo_pids() {
 
 none_left() { [ -z "$(demo_pids)" ]; }
 
-# controller_pid ID: the pid of our controller with that id.
+# controller_pid ID: the pid of our controller with that member id. The first controller of the list that forms the
+# cluster is member 1, and dev names the data directories in the same order.
 controller_pid() {
     local pid args
     for pid in $(demo_pids); do
         args=$(tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null) || continue
-        if [[ $args == *holdfast-controller\ * && "$args " =~ \ --id[=\ ]$1\  ]]; then
+        if [[ $args == *holdfast-controller\ * && "$args " == *" --data-dir $data_dir/controller-$1 "* ]]; then
             printf '%s\n' "$pid"
             return
         fi

@@ -5,13 +5,12 @@
 
 use clap::Parser;
 use holdfast_core::limits::TERMINATED_KEEP_MS_DEFAULT;
+use holdfast_wire::FieldError;
 use holdfast_wire::lease::parse_duration_ms;
 use holdfast_wire::names::check_cluster;
-use holdfast_wire::{FieldError, LeaseConfig};
 use raft_store::StoreConfig;
 use raft_store::disk::DISK_RESERVE_BYTES_DEFAULT;
 use serde::Deserialize;
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
@@ -33,8 +32,6 @@ const TERMINATED_KEEP_MS_MIN: u64 = 1_000;
 const TERMINATED_KEEP_MS_MAX: u64 = 7 * 24 * 60 * 60 * 1000;
 /// Largest disk reserve in bytes (1 TiB).
 const DISK_RESERVE_BYTES_MAX: u64 = 1 << 40;
-/// Most members of an initial cluster.
-const MEMBERS_MAX: usize = 9;
 /// Most controllers that a joining member can be told of.
 const JOIN_URLS_MAX: usize = 64;
 /// Largest settings file, in bytes.
@@ -45,9 +42,6 @@ const FILE_BYTES_MAX: u64 = 1024 * 1024;
 #[command(name = "holdfast-controller", version)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct Flags {
-    /// Member id of this replica: positive, never reused for another data directory
-    #[arg(long, env = "HOLDFAST_ID", value_name = "ID")]
-    pub id: Option<u64>,
     /// Directory of this replica alone
     #[arg(long, env = "HOLDFAST_DATA_DIR", value_name = "DIR")]
     pub data_dir: Option<PathBuf>,
@@ -60,13 +54,8 @@ pub struct Flags {
     /// Where clients and drones reach this replica [default: http:// and --listen]
     #[arg(long, env = "HOLDFAST_ADVERTISE_URL", value_name = "URL")]
     pub advertise_url: Option<String>,
-    /// The members of a new cluster and their peer addresses: 1=HOST:PORT,2=HOST:PORT,3=HOST:PORT. Ignored once this
-    /// replica has a log
-    #[arg(long, env = "HOLDFAST_INITIAL_CLUSTER", value_name = "ID=HOST:PORT,...")]
-    pub initial_cluster: Option<String>,
-    /// Join a running cluster through its controllers, instead of --initial-cluster. Needs an --id that no member ever had.
-    /// Ignored once this replica is a member
-    #[arg(long, env = "HOLDFAST_JOIN", value_name = "URL,...", conflicts_with = "initial_cluster")]
+    /// Ask these controllers of a running cluster to add this one while it waits to be named
+    #[arg(long, env = "HOLDFAST_JOIN", value_name = "URL,...")]
     pub join: Option<String>,
     /// Where the other replicas reach this one, told to them with --join [default: --peer-listen]
     #[arg(long, env = "HOLDFAST_ADVERTISE_PEER", value_name = "HOST:PORT")]
@@ -74,17 +63,13 @@ pub struct Flags {
     /// Cluster of a spawn_config that names none
     #[arg(long, env = "HOLDFAST_DEFAULT_CLUSTER", value_name = "HOST:PORT")]
     pub default_cluster: Option<String>,
-    /// Lease durations: forms a new cluster with them; a cluster formed with other ones is refused
-    /// [default: renew=30s,soft=40s,hard=50s,expiry=60s]
-    #[arg(long, env = "HOLDFAST_LEASE", value_name = "renew=30s,soft=40s,hard=50s,expiry=60s")]
-    pub lease: Option<String>,
-    /// Time without a word from the leader after which an election is held [default: 200ms]
+    /// Time without a message from the leader after which an election is held [default: 200ms]
     #[arg(long, env = "HOLDFAST_ELECTION_TIMEOUT", value_name = "DURATION")]
     pub election_timeout: Option<String>,
-    /// How long terminated backends are kept, set when the cluster is formed [default: 1h]
+    /// How long terminated backends are kept, of a cluster that this controller is asked to form [default: 1h]
     #[arg(long, env = "HOLDFAST_TERMINATED_KEEP", value_name = "DURATION")]
     pub terminated_keep: Option<String>,
-    /// Log entries between snapshots [default: 20000]
+    /// Log entries between snapshots [default: 200000]
     #[arg(long, env = "HOLDFAST_SNAPSHOT_EVERY", value_name = "ENTRIES")]
     pub snapshot_every: Option<u64>,
     /// Disk space to keep free in the data directory; with less than that this replica does not lead: bytes, or with KiB,
@@ -139,7 +124,7 @@ pub struct Settings {
     pub listen: SocketAddr,
     /// Where clients and drones reach this replica; without a slash at the end.
     pub advertise_url: String,
-    /// Controllers of the cluster to join; empty for a member of a new cluster.
+    /// Controllers to ask for admission while this one has no name; empty if it is to be named by an operator.
     pub join: Vec<String>,
     /// Where the other replicas reach this one, `HOST:PORT`.
     pub advertise_peer: String,
@@ -162,19 +147,14 @@ impl Flags {
             path: path.to_owned(),
             problem: error.to_string().trim_end().to_owned(),
         })?;
-        // Whichever of the two was given nearer wins; the other one of the pair must not come back from the file.
-        let cluster_given = self.initial_cluster.is_some() || self.join.is_some();
         Ok(Self {
-            id: self.id.or(file.id),
             data_dir: self.data_dir.or(file.data_dir),
             listen: self.listen.or(file.listen),
             peer_listen: self.peer_listen.or(file.peer_listen),
             advertise_url: self.advertise_url.or(file.advertise_url),
-            initial_cluster: if cluster_given { self.initial_cluster } else { file.initial_cluster },
-            join: if cluster_given { self.join } else { file.join },
+            join: self.join.or(file.join),
             advertise_peer: self.advertise_peer.or(file.advertise_peer),
             default_cluster: self.default_cluster.or(file.default_cluster),
-            lease: self.lease.or(file.lease),
             election_timeout: self.election_timeout.or(file.election_timeout),
             terminated_keep: self.terminated_keep.or(file.terminated_keep),
             snapshot_every: self.snapshot_every.or(file.snapshot_every),
@@ -186,10 +166,6 @@ impl Flags {
 
     /// Checks everything.
     pub fn settle(self) -> Result<Settings, ConfigError> {
-        let id = self.id.ok_or_else(|| wrong("id", "is missing"))?;
-        if id == 0 {
-            return Err(wrong("id", "must be positive"));
-        }
         let data_dir = self.data_dir.ok_or_else(|| wrong("data-dir", "is missing"))?;
         let listen = self.listen.ok_or_else(|| wrong("listen", "is missing"))?;
         let peer_listen = self.peer_listen.ok_or_else(|| wrong("peer-listen", "is missing"))?;
@@ -222,22 +198,9 @@ impl Flags {
             }
             None => peer_listen.to_string(),
         };
-        let initial_cluster = match self.initial_cluster {
-            None if !join.is_empty() => BTreeMap::new(),
-            given => parse_members(&given.ok_or_else(|| {
-                wrong(
-                    "initial-cluster",
-                    "is missing (a new member of a running cluster needs --join instead)",
-                )
-            })?)?,
-        };
-        if join.is_empty() && !initial_cluster.contains_key(&id) {
-            return Err(wrong("initial-cluster", format!("must name this replica too (--id {id})")));
-        }
         if let Some(cluster) = &self.default_cluster {
             check_cluster("default-cluster", cluster).map_err(field)?;
         }
-        let lease = self.lease.map(|text| text.parse::<LeaseConfig>()).transpose().map_err(field)?;
         let duration = |flag, text: Option<String>, default_ms, min_ms, max_ms| {
             let Some(text) = text else { return Ok(default_ms) };
             let ms = parse_duration_ms(flag, &text).map_err(field)?;
@@ -273,12 +236,9 @@ impl Flags {
         };
         Ok(Settings {
             store: StoreConfig {
-                id,
                 data_dir,
                 peer_listen,
                 advertise_url: advertise_url.clone(),
-                initial_cluster,
-                lease,
                 terminated_keep_ms,
                 election_timeout_ms,
                 snapshot_every,
@@ -355,33 +315,6 @@ fn is_host_port(addr: &str) -> bool {
             .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0))
 }
 
-pub(crate) fn parse_members(text: &str) -> Result<BTreeMap<u64, String>, ConfigError> {
-    const FLAG: &str = "initial-cluster";
-    let mut members = BTreeMap::new();
-    for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
-        let member = part.split_once('=').and_then(|(id, addr)| {
-            let id = id.trim().parse::<u64>().ok().filter(|id| *id > 0)?;
-            let addr = addr.trim();
-            let (host, port) = addr.rsplit_once(':')?;
-            (!host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0))
-                .then(|| (id, addr.to_owned()))
-        });
-        let Some((id, addr)) = member else {
-            return Err(wrong(FLAG, format!("has {part:?}, which is not ID=HOST:PORT")));
-        };
-        if members.values().any(|other| *other == addr) {
-            return Err(wrong(FLAG, format!("names the address {addr} twice")));
-        }
-        if members.insert(id, addr).is_some() {
-            return Err(wrong(FLAG, format!("names member {id} twice")));
-        }
-    }
-    if members.is_empty() || members.len() > MEMBERS_MAX {
-        return Err(wrong(FLAG, format!("has {} members, but must have 1 to {MEMBERS_MAX}", members.len())));
-    }
-    Ok(members)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -392,13 +325,7 @@ mod tests {
     }
 
     fn complete(more: &[&str]) -> Result<Settings, ConfigError> {
-        let base = [
-            "--id=1",
-            "--data-dir=/tmp/x",
-            "--listen=127.0.0.1:7101",
-            "--peer-listen=127.0.0.1:7201",
-            "--initial-cluster=1=127.0.0.1:7201,2=b:7202",
-        ];
+        let base = ["--data-dir=/tmp/x", "--listen=127.0.0.1:7101", "--peer-listen=127.0.0.1:7201"];
         let kept: Vec<&str> = base
             .iter()
             .filter(|arg| {
@@ -413,17 +340,13 @@ mod tests {
 
     #[test]
     fn a_full_command_line_is_settled() {
-        let settings =
-            complete(&["--lease=renew=1s,soft=2s,hard=3s,expiry=4s", "--election-timeout=200ms"]).unwrap();
-        assert_eq!(settings.store.initial_cluster[&2], "b:7202");
+        let settings = complete(&["--election-timeout=200ms"]).unwrap();
         assert_eq!(settings.advertise_url, "http://127.0.0.1:7101");
-        assert_eq!(settings.store.lease.unwrap().expiry_ms, 4_000);
         assert_eq!(settings.store.election_timeout_ms, 200);
-        assert!(complete(&[]).unwrap().store.lease.is_none());
-        let joining = complete(&["no--initial-cluster", "--join=http://a:1/, http://b:2"]).unwrap();
+        assert!(settings.join.is_empty());
+        let joining = complete(&["--join=http://a:1/, http://b:2"]).unwrap();
         assert_eq!(joining.join, ["http://a:1", "http://b:2"]);
         assert_eq!(joining.advertise_peer, "127.0.0.1:7201");
-        assert!(joining.store.initial_cluster.is_empty());
     }
 
     #[test]
@@ -437,27 +360,17 @@ mod tests {
     #[test]
     fn each_wrong_setting_is_named() {
         for (args, flag) in [
-            (&["no--id"][..], "id"),
-            (&["--id=0"], "id"),
-            (&["no--data-dir"], "data-dir"),
+            (&["no--data-dir"][..], "data-dir"),
             (&["no--listen"], "listen"),
             (&["no--peer-listen"], "peer-listen"),
             (&["--peer-listen=127.0.0.1:7101"], "peer-listen"),
-            (&["no--initial-cluster"], "initial-cluster"),
-            (&["--initial-cluster=2=a:1"], "initial-cluster"),
-            (&["--initial-cluster=1=a"], "initial-cluster"),
-            (&["--initial-cluster=1=a:1,1=b:1"], "initial-cluster"),
-            (&["--initial-cluster=1=a:1,2=a:1"], "initial-cluster"),
-            (&["--initial-cluster=x=a:1"], "initial-cluster"),
-            (&["--initial-cluster="], "initial-cluster"),
-            (&["no--initial-cluster", "--join=nonsense"], "join"),
-            (&["no--initial-cluster", "--join=,"], "join"),
-            (&["no--initial-cluster", "--join=http://a:1", "--peer-listen=0.0.0.0:7201"], "advertise-peer"),
+            (&["--join=nonsense"], "join"),
+            (&["--join=,"], "join"),
+            (&["--join=http://a:1", "--peer-listen=0.0.0.0:7201"], "advertise-peer"),
             (&["--advertise-peer=a"], "advertise-peer"),
             (&["--listen=0.0.0.0:1"], "advertise-url"),
             (&["--advertise-url=ftp://a"], "advertise-url"),
             (&["--default-cluster=a b"], "default-cluster"),
-            (&["--lease=hard=59s"], "lease"),
             (&["--election-timeout=1"], "election-timeout"),
             (&["--election-timeout=1ms"], "election-timeout"),
             (&["--snapshot-every=1"], "snapshot-every"),
@@ -475,13 +388,11 @@ mod tests {
 
     #[test]
     fn the_file_fills_what_flags_leave_out() {
-        let text = "id = 7\nlisten = \"127.0.0.1:1\"\nlease = \"expiry=61s\"\ninitial-cluster = \"7=a:1\"";
-        let flags = given(&["--id=1"]).with_text(Path::new("f"), text).unwrap();
-        assert_eq!(flags.id, Some(1));
+        let text = "listen = \"127.0.0.1:1\"\njoin = \"http://a\"\ndata-dir = \"/file\"";
+        let flags = given(&["--data-dir=/flag"]).with_text(Path::new("f"), text).unwrap();
+        assert_eq!(flags.data_dir.as_deref(), Some(Path::new("/flag")));
         assert_eq!(flags.listen, Some("127.0.0.1:1".parse().unwrap()));
-        assert_eq!(flags.initial_cluster.as_deref(), Some("7=a:1"));
-        let joining = given(&["--join=http://a"]).with_text(Path::new("f"), text).unwrap();
-        assert_eq!(joining.initial_cluster, None);
+        assert_eq!(flags.join.as_deref(), Some("http://a"));
         let error = given(&[]).with_text(Path::new("f"), "colour = 1").unwrap_err();
         assert!(error.to_string().contains("colour"), "{error}");
     }

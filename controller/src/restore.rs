@@ -1,14 +1,14 @@
-//! `holdfast-controller restore`: makes a member's data directory from a backup. The command line's `holdfast snapshot
+//! `holdfast-controller restore`: makes the first member's data directory of a new cluster from a backup. The command line's `holdfast snapshot
 //! restore` starts it, so that RocksDB stays out of that program.
 
-use crate::config::{ConfigError, parse_members};
+use crate::config::ConfigError;
 use clap::Parser;
 use holdfast_wire::lease::parse_duration_ms;
 use raft_store::restore::{RestoreError, RestoreOptions, Restored, restore};
 use serde_json::json;
 use std::path::PathBuf;
 
-/// Make the data directory of one member of a new cluster from a backup
+/// Make the data directory of the first member of a new cluster from a backup; the others are added to it
 #[derive(Debug, Clone, Parser)]
 #[command(name = "holdfast-controller restore", version)]
 pub struct RestoreFlags {
@@ -17,12 +17,9 @@ pub struct RestoreFlags {
     /// Data directory to make: missing or empty
     #[arg(long, value_name = "DIR")]
     pub data_dir: PathBuf,
-    /// Member id of this replica in the new cluster
-    #[arg(long, value_name = "ID")]
-    pub id: u64,
-    /// All members of the new cluster and their peer addresses: 1=HOST:PORT,2=HOST:PORT,3=HOST:PORT
-    #[arg(long, value_name = "ID=HOST:PORT,...")]
-    pub initial_cluster: String,
+    /// Where the members that are added later reach this one
+    #[arg(long, value_name = "HOST:PORT")]
+    pub advertise_peer: String,
     /// New tokens are to be larger than this one too: for a backup that was restored before
     #[arg(long, value_name = "TOKEN", default_value_t = 0)]
     pub above_token: u64,
@@ -64,8 +61,7 @@ impl RestoreFlags {
         let options = RestoreOptions {
             file: self.file,
             data_dir: self.data_dir,
-            id: self.id,
-            members: parse_members(&self.initial_cluster)?,
+            peer_addr: self.advertise_peer,
             above_token: self.above_token,
             quarantine_ms,
         };
@@ -77,10 +73,10 @@ impl RestoreFlags {
 fn as_json(options: &RestoreOptions, restored: &Restored) -> String {
     json!({
         "data_dir": options.data_dir,
-        "id": options.id,
+        "id": restored.member_id,
         "backup": restored.backup,
         "index": restored.index,
-        "cluster_id_prefix": restored.id_prefix,
+        "cluster_id": restored.cluster_id,
         "quarantine_ms": restored.quarantine_ms,
     })
     .to_string()
@@ -89,17 +85,17 @@ fn as_json(options: &RestoreOptions, restored: &Restored) -> String {
 fn as_text(options: &RestoreOptions, restored: &Restored) -> String {
     let backup = &restored.backup;
     format!(
-        "member {} restored in {} from a backup of cluster {} at index {}\n\
-         tokens go on above {}; the new cluster's id begins with {}\n\
+        "member {} of the new cluster {} restored in {} from a backup of cluster {} at index {}\n\
+         tokens continue above {}\n\
          {} keys are freed and {} backends given up as lost; no key is acquired for {} s after the start\n\
-         end every controller of the old cluster before the new one is started, and restore all members with the same \
-         backup and the same --initial-cluster",
-        options.id,
+         end every controller of the old cluster before this one is started, then start the others with empty data \
+         directories and add them: holdfast cluster add HOST:PORT",
+        restored.member_id,
+        restored.cluster_id,
         options.data_dir.display(),
         backup.cluster_id,
         backup.index,
         restored.index,
-        restored.id_prefix,
         backup.keys_held,
         backup.backends_live,
         restored.quarantine_ms.div_ceil(1000),

@@ -7,10 +7,8 @@
 
 use crate::config::Settings;
 use crate::http::metrics::Text;
-use crate::http::ready::not_ready;
+use crate::idle;
 use axum::Router;
-use axum::response::IntoResponse;
-use axum::routing::get;
 use raft_store::disk::{free_bytes, has_room};
 use std::future::Future;
 use std::os::unix::process::CommandExt;
@@ -53,34 +51,18 @@ pub async fn wait(settings: &Settings, reason: &str, stop: impl Future<Output = 
 }
 
 fn router(settings: &Settings, reason: &str) -> Router {
-    let refusal = reason.to_owned();
-    let (dir, reserve, reason) =
-        (settings.store.data_dir.clone(), settings.store.disk_reserve_bytes, reason.to_owned());
-    let metrics = move || {
-        let (dir, reason) = (dir.clone(), reason.clone());
-        async move {
-            let mut text = Text::default();
-            let labels = [("reason", reason.as_str())];
-            text.gauge_with("holdfast_failed", "Whether this replica has failed, and why.", &labels, 1);
-            text.gauge("holdfast_disk_full", "Whether less than the reserve is free.", 1);
-            if let Ok(free) = free_bytes(&dir) {
-                text.gauge(
-                    "holdfast_disk_free_bytes",
-                    "Free bytes of the data directory's file system.",
-                    free,
-                );
-            }
-            text.gauge("holdfast_disk_reserve_bytes", "Bytes to keep free.", reserve);
-            text.into_response()
+    let (dir, reserve) = (settings.store.data_dir.clone(), settings.store.disk_reserve_bytes);
+    let metrics = move |text: &mut Text, reason: &str| {
+        let labels = [("reason", reason)];
+        text.gauge_with("holdfast_failed", "Whether this replica has failed, and why.", &labels, 1);
+        text.gauge("holdfast_disk_full", "Whether less than the reserve is free.", 1);
+        if let Ok(free) = free_bytes(&dir) {
+            text.gauge("holdfast_disk_free_bytes", "Free bytes of the data directory's file system.", free);
         }
+        text.gauge("holdfast_disk_reserve_bytes", "Bytes to keep free.", reserve);
     };
-    Router::new()
-        .route("/pub/health", get(|| async { r#"{"status":"ok"}"# }))
-        .route("/metrics", get(metrics))
-        .fallback(move || {
-            let refusal = refusal.clone();
-            async move { not_ready(&refusal) }
-        })
+    let reason = reason.to_owned();
+    idle::router(move || reason.clone(), metrics)
 }
 
 /// Replaces this process by a new start of the same program with the same arguments. Returns only if that fails.

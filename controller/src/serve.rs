@@ -3,10 +3,10 @@
 use crate::app::App;
 use crate::config::Settings;
 use crate::http;
-use crate::join::{JoinError, join};
+use crate::waiting;
 use axum::serve::ListenerExt;
 use raft_store::disk::is_out_of_space;
-use raft_store::{OpenError, Store};
+use raft_store::{OpenError, Opened, Store};
 use std::future::Future;
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -39,9 +39,6 @@ pub enum ServeError {
     /// The HTTP server failed.
     #[error("the HTTP server failed: {0}")]
     Http(std::io::Error),
-    /// The cluster to join does not take this member.
-    #[error(transparent)]
-    Join(#[from] JoinError),
     /// The replica failed for good.
     #[error("this replica has failed: {0}")]
     Failed(String),
@@ -66,26 +63,40 @@ pub async fn serve(settings: Settings, stop: impl Future<Output = ()>) -> Result
     let listen = settings.listen;
     let cannot_listen = |error| ServeError::Listen { addr: listen, error };
     let socket = bound(listen).map_err(cannot_listen)?;
-    let store = Store::open(settings.store.clone()).await?;
     let mut stop = std::pin::pin!(stop);
-    if !store.must_join() {
-        tokio::select! {
-            // Without a leader it serves what it can.
-            _ = store.linearizable(CATCH_UP_DEADLINE) => {}
-            () = &mut stop => {
-                store.stop().await;
-                return Ok(());
+    let (listener, store) = match Store::open(settings.store.clone()).await? {
+        Opened::Member(store) => {
+            tokio::select! {
+                // Without a leader it serves what it can.
+                _ = store.linearizable(CATCH_UP_DEADLINE) => {}
+                () = &mut stop => {
+                    store.stop().await;
+                    return Ok(());
+                }
+            }
+            match socket.listen(BACKLOG) {
+                Ok(listener) => (listener, store),
+                Err(error) => {
+                    store.stop().await;
+                    return Err(cannot_listen(error));
+                }
             }
         }
-    }
-    let listener = match socket.listen(BACKLOG) {
-        Ok(listener) => listener,
-        Err(error) => {
-            store.stop().await;
-            return Err(cannot_listen(error));
+        Opened::Waiting(waiting) => {
+            // One socket for both lives, so that no one is turned away in between.
+            let listener = socket.listen(BACKLOG).and_then(TcpListener::into_std).map_err(cannot_listen)?;
+            let again = listener.try_clone().and_then(TcpListener::from_std).map_err(cannot_listen)?;
+            tracing::info!(%listen, url = %settings.advertise_url, "listening");
+            let named = waiting::wait(&waiting, &settings, again, &mut stop).await;
+            waiting.close().await;
+            if !named.map_err(ServeError::Http)? {
+                return Ok(());
+            }
+            let store = Store::open_member(settings.store.clone()).await?;
+            (TcpListener::from_std(listener).map_err(cannot_listen)?, store)
         }
     };
-    tracing::info!(id = settings.store.id, %listen, url = %settings.advertise_url, "serving");
+    tracing::info!(id = store.id(), %listen, url = %settings.advertise_url, "serving");
     let served = serve_on(listener, store.clone(), settings, stop).await;
     store.stop().await;
     served
@@ -124,7 +135,6 @@ pub async fn serve_on(
         served = &mut server => return served.map_err(ServeError::Http),
         () = stop => Ok(()),
         reason = store.failed() => Err(ServeError::Failed(reason)),
-        error = not_admitted(&app) => Err(ServeError::Join(error)),
     };
     if ended.is_ok() {
         tracing::info!("stopping");
@@ -150,12 +160,4 @@ pub async fn serve_on(
         tracing::warn!("some requests did not finish in time");
     }
     ended
-}
-
-/// Asks for admission if that is needed. Resolves only if it is refused.
-async fn not_admitted(app: &App) -> JoinError {
-    match join(&app.store, &app.settings).await {
-        Err(error) => error,
-        Ok(()) => std::future::pending().await,
-    }
 }

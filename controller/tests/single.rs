@@ -6,6 +6,8 @@ mod common;
 
 use common::{Drone, Server, process, wait_until};
 use holdfast_controller::token;
+use holdfast_core::command::{Command, Proposal};
+use raft_store::ChecksumState;
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -320,5 +322,44 @@ async fn an_unacknowledged_spawn_is_sent_again_and_an_acknowledged_one_is_not() 
         local.view.due_actions(1, None, local.now_ms, 10).unwrap().is_empty()
     })
     .await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn an_operator_decides_which_checksum_is_right() {
+    let server = Server::start().await;
+    let _drone = Drone::connect(&server, "dr-a", Some("one"), "").await;
+    server.wait_for_drone("dr-a").await;
+    let request = json!({"key": {"name": "k"}, "spawn_config": process()});
+    let decide = |index: u64, value: &str| json!({"index": index, "value": value});
+    let (status, answer) = server.post("/ctrl/cluster/checksum", &decide(1, "07")).await;
+    assert_eq!((status.as_u16(), &answer["kind"]), (409, &json!("ChangeUnsafe")), "{answer}");
+    // Checksums are never published at this index, so it is in no one's way.
+    let split = Command::ChecksumSplit { index: 1, values: vec![(1, 7), (2, u64::MAX)] };
+    let proposal = Proposal { command: split, idempotency: None };
+    server.store.propose(proposal, Duration::from_secs(5)).await.unwrap();
+    let answer = server.answer("POST", "/ctrl/connect", &[], Some(&request)).await;
+    assert_eq!((answer.status().as_u16(), &answer.headers()["retry-after"]), (503, &"10".parse().unwrap()));
+    assert!(answer.text().await.unwrap().contains("accept-checksum"));
+    wait_until("the split is seen", || server.store.status().checksums.state == ChecksumState::Split).await;
+    let (_, cluster) = server.get("/ctrl/cluster").await;
+    let seen = json!({"state": "split", "index": 1, "values": [
+        {"member": 1, "value": "0000000000000007"}, {"member": 2, "value": "ffffffffffffffff"}]});
+    assert_eq!(cluster["checksum_agreement"], seen);
+    assert_eq!(cluster["checksum"]["value"].as_str().map(str::len), Some(16), "{cluster}");
+    let metrics = server.text("/metrics", &[]).await;
+    assert!(metrics.contains("holdfast_checksum_agreement{state=\"split\"} 1"), "{metrics}");
+    for (wrong, named) in [(decide(1, "x"), "value"), (decide(1, "08"), "value"), (decide(2, "07"), "index")]
+    {
+        let (status, answer) = server.post("/ctrl/cluster/checksum", &wrong).await;
+        assert_eq!(status.as_u16(), 400, "{answer}");
+        assert!(answer["message"].as_str().unwrap().starts_with(named), "{answer}");
+    }
+    for updated in [true, false] {
+        let (status, answer) = server.post("/ctrl/cluster/checksum", &decide(1, "0000000000000007")).await;
+        assert_eq!((status.as_u16(), answer), (200, json!({"updated": updated})));
+    }
+    let (status, answer) = server.post("/ctrl/connect", &request).await;
+    assert_eq!((status.as_u16(), &answer["spawned"]), (200, &json!(true)), "{answer}");
     server.stop().await;
 }

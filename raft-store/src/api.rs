@@ -1,31 +1,23 @@
 //! What the rest of Holdfast sees of a replica: no openraft and no RocksDB type appears here.
 
+use crate::membership::naming::DiskIdentity;
 use crate::state_db::StateHandle;
 use bincode::{Decode, Encode};
 use holdfast_core::outcome::Outcome;
 use holdfast_core::view::View;
-use holdfast_wire::LeaseConfig;
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
 /// How to open a replica.
 #[derive(Debug, Clone)]
 pub struct StoreConfig {
-    /// Member id, never reused.
-    pub id: u64,
     /// Directory of this replica alone.
     pub data_dir: PathBuf,
     /// Where to listen for peers.
     pub peer_listen: SocketAddr,
     /// Where clients reach this replica's HTTP API; told to the peers.
     pub advertise_url: String,
-    /// Members of a new cluster: id → peer address. Ignored once the replica has a log; empty for one that joins.
-    pub initial_cluster: BTreeMap<u64, String>,
-    /// Lease durations that the operator gave, if any: forms a new cluster with them; a formed cluster with other ones
-    /// is refused.
-    pub lease: Option<LeaseConfig>,
-    /// How long terminated backends are kept, in milliseconds of cluster time; used when a cluster is formed.
+    /// How long terminated backends are kept, in milliseconds of cluster time; used when this one is asked to form a cluster.
     pub terminated_keep_ms: u64,
     /// Time without a leader's message after which a follower asks for an election, in milliseconds.
     pub election_timeout_ms: u64,
@@ -49,24 +41,6 @@ pub enum OpenError {
     /// Another process uses the data directory.
     #[error("the data directory {0} is in use by another process")]
     Locked(PathBuf),
-    /// The data directory belongs to another member.
-    #[error("the data directory {dir} belongs to member {found}, not {expected}")]
-    OtherMember {
-        /// The directory.
-        dir: PathBuf,
-        /// Id found in it.
-        found: u64,
-        /// Id configured.
-        expected: u64,
-    },
-    /// The operator's lease durations differ from the cluster's.
-    #[error("this controller was started with --lease {given}, but the cluster was formed with {formed}")]
-    OtherLease {
-        /// The operator's.
-        given: LeaseConfig,
-        /// The cluster's.
-        formed: LeaseConfig,
-    },
     /// The disk or the database failed, or what it holds is damaged.
     #[error("{what}: {error}")]
     Storage {
@@ -101,18 +75,19 @@ pub struct Answer {
 /// A change of the membership.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub enum MemberChange {
-    /// Adds a member: as a learner, which the leader makes a voter when it has caught up. Of a member: changes its address.
-    Set {
-        /// Its id, which no member ever had.
-        id: u64,
+    /// Adds the process that waits at this address, as a learner, which the leader makes a voter when it has caught up.
+    Add {
         /// Its peer address, `HOST:PORT`; it must answer there.
         peer_addr: String,
-        /// The member asks itself and has an empty disk: it must not be a voter, which would have lost it.
-        joining: bool,
-        /// Peer protocol that it speaks; 0 if that is not said.
-        protocol: u32,
     },
-    /// Removes a member, for ever.
+    /// Changes a member's address. Its id and its disk stay.
+    Move {
+        /// The member.
+        id: u64,
+        /// Its new peer address, `HOST:PORT`; it must answer there.
+        peer_addr: String,
+    },
+    /// Removes a member, forever.
     Remove {
         /// The member.
         id: u64,
@@ -133,6 +108,8 @@ pub enum MemberRole {
 /// A change that was made, or was not needed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
 pub struct MemberChanged {
+    /// The member.
+    pub id: u64,
     /// What the member is now.
     pub role: MemberRole,
     /// Whether anything had to be done.
@@ -149,14 +126,29 @@ pub enum MemberError {
     #[error("the outcome is unknown: {0}; asking again is safe")]
     OutcomeUnknown(String),
     /// The id was that of a member that was removed.
-    #[error("id {0} belonged to a member that was removed, and no id is used twice: take a new one")]
-    IdUsed(u64),
-    /// A voter came back with an empty disk.
     #[error(
-        "id is {0}, which is a voter, but this member's data directory is empty: what it acknowledged is lost. Remove \
-         member {0} and join under a new id"
+        "member {0} was removed, and no id is used twice: empty its data directory and add it as a new member"
+    )]
+    IdUsed(u64),
+    /// The address is that of a member whose disk was lost: what answers there is a new process.
+    #[error(
+        "peer_addr is that of member {0}, but what answers there has a new disk: what member {0} had acknowledged is lost. \
+         Remove member {0}, then add the new process"
     )]
     LostDisk(u64),
+    /// The process is not waiting: its disk is a member already.
+    #[error(
+        "peer_addr {peer_addr} is answered by member {member} of cluster {cluster_id}, which is no waiting process: empty \
+         its data directory first"
+    )]
+    Named {
+        /// The address.
+        peer_addr: String,
+        /// Who answers there.
+        member: u64,
+        /// Its cluster.
+        cluster_id: String,
+    },
     /// A field breaks a rule.
     #[error("{field} {problem}")]
     Invalid {
@@ -242,6 +234,51 @@ pub struct LeaderInfo {
     pub url: Option<String>,
 }
 
+/// How the replicas' checksums compare, as far as this replica knows.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ChecksumStatus {
+    /// What follows for this replica.
+    pub state: ChecksumState,
+    /// Log index at which it follows; 0 while nothing is known.
+    pub index: u64,
+    /// Member id and checksum at that index, where members differ without a majority.
+    pub values: Vec<(u64, u64)>,
+    /// Other members whose checksum differs from the majority's.
+    pub differing: Vec<u64>,
+}
+
+/// See [`ChecksumStatus`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum ChecksumState {
+    /// Too few checksums are known, and none contradicts another.
+    #[default]
+    Waiting,
+    /// This replica's is that of a majority.
+    Agrees,
+    /// They differ, and too few are known to say whether a majority agrees. No key is acquired here.
+    Undecided,
+    /// They differ and no majority agrees. No key is acquired until an operator decides.
+    Split,
+    /// A majority has another one than this replica, which stops for good.
+    Minority,
+}
+
+impl ChecksumState {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Waiting, Self::Agrees, Self::Undecided, Self::Split, Self::Minority];
+
+    /// Its name in the API and in metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Waiting => "waiting",
+            Self::Agrees => "agrees",
+            Self::Undecided => "undecided",
+            Self::Split => "split",
+            Self::Minority => "minority",
+        }
+    }
+}
+
 /// A member, as this replica knows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MemberStatus {
@@ -249,8 +286,12 @@ pub struct MemberStatus {
     pub id: u64,
     /// Peer address.
     pub peer_addr: String,
+    /// Its disk.
+    pub identity: DiskIdentity,
     /// URL of its HTTP API, once it told us.
     pub url: Option<String>,
+    /// What keeps this replica from talking to it, and what to do.
+    pub problem: Option<String>,
     /// Whether it votes.
     pub voter: bool,
     /// Last log index known to be on it (of all members on the leader, of itself elsewhere).
@@ -276,4 +317,6 @@ pub struct ReplicaStatus {
     pub snapshot: u64,
     /// Members.
     pub members: Vec<MemberStatus>,
+    /// How the replicas' checksums compare.
+    pub checksums: ChecksumStatus,
 }

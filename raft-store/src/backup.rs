@@ -59,7 +59,7 @@ impl Store {
     /// was acknowledged before.)
     pub async fn backup(&self) -> Result<Backup, BackupRefused> {
         let place = Arc::clone(&self.inner.backups).try_acquire_owned().map_err(|_| BackupRefused::Busy)?;
-        let (state, member) = (self.inner.state.clone(), self.inner.config.id);
+        let (state, member) = (self.inner.state.clone(), self.inner.id);
         let cancel = self.inner.cancel.clone();
         let (begun, begins) = oneshot::channel();
         let (sender, chunks) = mpsc::channel(FRAMES_QUEUED_MAX);

@@ -1,6 +1,7 @@
 //! Bytes of what openraft gives us: entries, votes, memberships. Our own structures with bincode behind a version byte,
 //! because openraft promises no stable format of its own types.
 
+use crate::membership::naming::DiskIdentity;
 use crate::types::{
     CommittedLeader, LeaderId, LogEntry, LogId, Member, Payload, Proposed, StoredMembership, Vote,
 };
@@ -57,14 +58,18 @@ impl From<WireVote> for Vote {
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct WireMembership {
     pub configs: Vec<BTreeSet<u64>>,
-    pub nodes: BTreeMap<u64, String>,
+    /// Peer address and disk identity of each.
+    pub nodes: BTreeMap<u64, (String, DiskIdentity)>,
 }
 
 impl From<&Membership<u64, Member>> for WireMembership {
     fn from(membership: &Membership<u64, Member>) -> Self {
         Self {
             configs: membership.get_joint_config().clone(),
-            nodes: membership.nodes().map(|(id, member)| (*id, member.peer_addr.clone())).collect(),
+            nodes: membership
+                .nodes()
+                .map(|(id, member)| (*id, (member.peer_addr.clone(), member.identity)))
+                .collect(),
         }
     }
 }
@@ -75,8 +80,8 @@ impl TryFrom<WireMembership> for Membership<u64, Member> {
         if wire.configs.is_empty() && wire.nodes.is_empty() {
             return Ok(Membership::default());
         }
-        let nodes: BTreeMap<u64, Member> =
-            wire.nodes.into_iter().map(|(id, peer_addr)| (id, Member { peer_addr })).collect();
+        let member = |(id, (peer_addr, identity))| (id, Member { peer_addr, identity });
+        let nodes: BTreeMap<u64, Member> = wire.nodes.into_iter().map(member).collect();
         Membership::new(wire.configs, nodes).map_err(|e| StateError::Damaged(format!("a membership: {e}")))
     }
 }
@@ -186,7 +191,10 @@ mod tests {
     #[test]
     fn entries_survive_their_bytes() {
         let stamp = Stamp { cluster_time_ms: 1_700_000_000_123, own_term_only: true };
-        let members = BTreeMap::from([(1, Member { peer_addr: "a:1".into() }), (2, Member::default())]);
+        let members = BTreeMap::from([
+            (1, Member { peer_addr: "a:1".into(), identity: DiskIdentity::random() }),
+            (2, Member::default()),
+        ]);
         let membership = Membership::new(vec![BTreeSet::from([1, 2])], members).unwrap();
         for payload in [
             Payload::Blank,

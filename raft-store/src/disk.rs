@@ -281,8 +281,7 @@ impl Inner {
         let leads = {
             let metrics = self.raft.metrics();
             let now = metrics.borrow_watched();
-            now.current_leader == Some(self.config.id)
-                && self.directory.leader_after(now.current_term).is_none()
+            now.current_leader == Some(self.id) && self.directory.leader_after(now.current_term).is_none()
         };
         (left.is_zero() || (leads && self.disk.unfit_for() > patience)).then(|| why.to_string())
     }
@@ -311,29 +310,6 @@ impl Inner {
     async fn ask_may_lead(&self, peer: u64, timeout: Duration) -> bool {
         let Some(client) = self.forward_client(peer) else { return false };
         matches!(client.request(&Request::MayLead, timeout).await, Ok(Reply::MayLead(true)))
-    }
-
-    /// Why this data directory does not belong here, if so: so many members say that they are of another cluster that the
-    /// rest is no quorum, and no leader has been heard of since the start.
-    pub(crate) fn other_cluster(&self) -> Option<String> {
-        if self.stamper.leader_heard_boot_ms.load(Ordering::Acquire) != 0 {
-            return None;
-        }
-        let foreign = self.directory.foreign();
-        let (voters, of_others) = {
-            let metrics = self.raft.metrics();
-            let now = metrics.borrow_watched();
-            let voters: Vec<u64> = now.membership_config.membership().voter_ids().collect();
-            let of_others = voters.iter().filter(|id| foreign.contains_key(id)).count();
-            (voters.len(), of_others)
-        };
-        let why = foreign.values().next()?;
-        (of_others > 0 && voters - of_others <= voters / 2).then(|| {
-            format!(
-                "the data directory {} belongs to another cluster than its peers: {why}",
-                self.config.data_dir.display()
-            )
-        })
     }
 }
 
@@ -378,7 +354,7 @@ async fn step_back(inner: &Arc<Inner>, over: &mut HandOver) {
     let (leads, term) = {
         let metrics = inner.raft.metrics();
         let now = metrics.borrow_watched();
-        (now.current_leader == Some(inner.config.id) && now.state.is_leader(), now.current_term)
+        (now.current_leader == Some(inner.id) && now.state.is_leader(), now.current_term)
     };
     let now_ms = boot_ms();
     match over.began {
@@ -415,7 +391,7 @@ async fn step_back(inner: &Arc<Inner>, over: &mut HandOver) {
 
 /// The most advanced voter that says it is fit to lead.
 async fn fit_successor(inner: &Arc<Inner>) -> Option<u64> {
-    let me = inner.config.id;
+    let me = inner.id;
     let mut voters: Vec<(u64, Option<u64>)> = {
         let metrics = inner.raft.metrics();
         let now = metrics.borrow_watched();

@@ -17,7 +17,7 @@ const DEADLINE: Duration = Duration::from_secs(20);
 
 fn open(dir: &TempDir, before_purge: impl Fn() -> io::Result<()> + Send + Sync + 'static) -> LogStore {
     let stamper = Arc::new(Stamper::default());
-    LogStore::open(&dir.path().join("log"), 1, stamper, Box::new(before_purge)).unwrap().unwrap()
+    LogStore::open(&dir.path().join("log"), stamper, Box::new(before_purge)).unwrap()
 }
 
 fn id(index: u64) -> LogId {

@@ -9,6 +9,7 @@ use crate::store::{lock_dir, storage};
 use crate::types::Stamper;
 use holdfast_core::codec::decode;
 use holdfast_core::command::{Command, Proposal};
+use holdfast_core::kv::{Table, Writes};
 use holdfast_core::view::View;
 use holdfast_wire::KeyConfig;
 use openraft::entry::EntryPayload;
@@ -38,17 +39,16 @@ pub struct Ends {
     pub applied: u64,
 }
 
-/// Opens what `member` has in `dir`, or says why a start would be refused.
-pub fn open(dir: &Path, member: u64) -> Result<Inspected, OpenError> {
+/// Opens what a member has in `dir`, or says why a start would be refused.
+pub fn open(dir: &Path) -> Result<Inspected, OpenError> {
     let lock = lock_dir(dir)?;
     let (state_dir, snapshot_dir, log_dir) = (dir.join("state"), dir.join("snapshots"), dir.join("log"));
     let state =
         StateHandle::open(&state_dir).map_err(|e| storage("opening the state", &state_dir)(e.to_string()))?;
     let snapshots = Snapshots::open(&snapshot_dir)
         .map_err(|e| storage("opening the snapshots", &snapshot_dir)(e.to_string()))?;
-    let log = LogStore::open(&log_dir, member, Arc::new(Stamper::default()), Box::new(|| Ok(())))
-        .map_err(|e| storage("opening the log", &log_dir)(e.to_string()))?
-        .map_err(|found| OpenError::OtherMember { dir: dir.to_owned(), found, expected: member })?;
+    let log = LogStore::open(&log_dir, Arc::new(Stamper::default()), Box::new(|| Ok(())))
+        .map_err(|e| storage("opening the log", &log_dir)(e.to_string()))?;
     check_ends(&log, &state, &snapshots)
         .map_err(|e| storage("comparing log and state", dir)(e.to_string()))?;
     Ok(Inspected { log, state, snapshots, _lock: lock })
@@ -112,6 +112,14 @@ impl Inspected {
             Some((_, held)) => scrub_dir(&held.path, || true),
             None => Ok(()),
         }
+    }
+
+    /// Writes a row of the applied state behind the replica's back, as a fault of memory, disk or program could.
+    pub fn overwrite(&self, table: Table, key: &[u8], value: Vec<u8>) -> io::Result<()> {
+        let (applied, _) = self.state.applied().map_err(io::Error::other)?;
+        let applied = applied.ok_or_else(|| io::Error::other("nothing was applied yet"))?;
+        self.state.commit(Writes::from([((table, key.to_vec()), Some(value))]), applied, None)?;
+        self.state.make_durable()
     }
 
     /// The applied state.

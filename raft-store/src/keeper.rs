@@ -1,6 +1,5 @@
 //! What the leader does by itself: forms a new cluster, keeps cluster time moving while keys are held, sweeps, and asks
 //! backends to end whose time is over.
-//! Every replica checks here that its operator's lease durations are the cluster's.
 
 use crate::boot_clock::{boot_ms, wall_ms};
 use crate::store::Inner;
@@ -9,7 +8,7 @@ use bytes::Bytes;
 use holdfast_core::codec::encode;
 use holdfast_core::command::{Command, FormCluster, Proposal, Sweep};
 use holdfast_core::kv::StateError;
-use holdfast_core::limits::SWEEP_KEYS_MAX;
+use holdfast_core::limits::{CHECKSUM_EVERY, SWEEP_KEYS_MAX, TERMINATED_KEEP_MS_DEFAULT};
 use holdfast_core::view::View;
 use openraft::async_runtime::watch::WatchReceiver;
 use std::sync::Arc;
@@ -20,6 +19,9 @@ use std::time::Duration;
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// A leader of held keys proposes a tick when no entry was applied for this long.
 const TICK_AFTER_MS: u64 = 1_000;
+/// When no entry was applied for this long, the leader proposes ticks up to the next index at which checksums are published,
+/// so that what was written last is compared too.
+const COMPARE_AFTER_MS: u64 = 10_000;
 /// Bytes of log entries between snapshots at most. Two such intervals are kept at most, and what RocksDB has not compacted
 /// yet.
 const LOG_BYTES_PER_SNAPSHOT: u64 = 256 << 20;
@@ -42,9 +44,8 @@ pub async fn run(inner: Arc<Inner>) {
         }
         tokio::select! {
             () = tokio::time::sleep(LOOK_EVERY) => {}
-            // The entry that forms the cluster is seen at once. So is a ban that may be lifted: members that are all killed under
-            // one would wait for each other.
-            changed = applied.changed(), if !inner.formed.load(Ordering::Acquire) || inner.directory.rejoin.is_waiting() => {
+            // The entry that forms the cluster is seen at once.
+            changed = applied.changed(), if !inner.formed.load(Ordering::Acquire) => {
                 if changed.is_err() { return }
             }
             () = inner.cancel.cancelled() => return,
@@ -57,30 +58,23 @@ async fn look(inner: &Arc<Inner>, last_applied: &mut (u64, u64)) -> Result<(), S
     if !inner.formed.load(Ordering::Acquire)
         && let Some(cluster) = view.cluster()?
     {
-        if let Some(given) = inner.config.lease
-            && given != cluster.lease
-        {
-            let formed = cluster.lease;
-            inner.fail(crate::api::OpenError::OtherLease { given, formed }.to_string());
+        if cluster.cluster_id != inner.naming.cluster_id {
+            let (named, formed) = (&inner.naming.cluster_id, cluster.cluster_id);
+            inner.fail(format!("this disk is that of cluster {named}, but its log formed cluster {formed}"));
             return Ok(());
         }
-        inner.directory.set_cluster_id(cluster.cluster_id);
         inner.formed.store(true, Ordering::Release);
     }
     let applied = inner.applied.borrow().index;
-    let may_vote = inner.directory.rejoin.may_vote(applied).map_err(|e| StateError::Read(e.to_string()))?;
-    inner.raft.runtime_config().elect(may_vote && inner.removed().is_none() && inner.disk.may_lead());
-    if let Some(why) = inner.other_cluster() {
-        inner.fail(why);
-        return Ok(());
-    }
+    let sound = !inner.directory.checksums.is_stopped();
+    inner.raft.runtime_config().elect(sound && inner.removed().is_none() && inner.disk.may_lead());
     if applied != last_applied.0 {
         *last_applied = (applied, boot_ms());
     }
     let (leads, term) = {
         let metrics = inner.raft.metrics();
         let metrics = metrics.borrow_watched();
-        (metrics.current_leader == Some(inner.config.id) && metrics.state.is_leader(), metrics.current_term)
+        (metrics.current_leader == Some(inner.id) && metrics.state.is_leader(), metrics.current_term)
     };
     if !leads || !inner.disk.may_lead() {
         return Ok(());
@@ -92,6 +86,14 @@ async fn look(inner: &Arc<Inner>, last_applied: &mut (u64, u64)) -> Result<(), S
     let progress = view.progress()?;
     if progress.keys_held > 0 && boot_ms().saturating_sub(last_applied.1) >= TICK_AFTER_MS {
         propose(inner, Command::Tick, None).await;
+    }
+    if !applied.is_multiple_of(CHECKSUM_EVERY) && boot_ms().saturating_sub(last_applied.1) >= COMPARE_AFTER_MS
+    {
+        for _ in applied..applied.next_multiple_of(CHECKSUM_EVERY) {
+            if !propose(inner, Command::Tick, None).await {
+                break;
+            }
+        }
     }
     sweep(inner, &view, term).await?;
     end_due(inner, &view, term).await
@@ -159,13 +161,16 @@ fn now_ms(inner: &Inner, term: u64) -> u64 {
     inner.stamper.now_ms(term).unwrap_or(0).max(inner.applied.borrow().cluster_time_ms)
 }
 
+/// What forms the cluster. A member without a founding leads an unformed cluster only after a restore, and then lease and
+/// retention are those of the backup.
 fn form(inner: &Inner) -> Command {
-    let random: [u8; 16] = rand::random();
+    let founding = inner.naming.founding.as_ref();
     Command::FormCluster(FormCluster {
-        cluster_id: random.iter().map(|b| format!("{b:02x}")).collect(),
+        cluster_id: inner.naming.cluster_id.clone(),
         token_secret: rand::random(),
-        lease: inner.config.lease.unwrap_or_default(),
-        terminated_keep_ms: inner.config.terminated_keep_ms,
+        lease: founding.map_or_else(Default::default, |founding| founding.lease),
+        terminated_keep_ms: founding
+            .map_or(TERMINATED_KEEP_MS_DEFAULT, |founding| founding.terminated_keep_ms),
     })
 }
 

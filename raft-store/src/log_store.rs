@@ -12,6 +12,7 @@
 use crate::codec::{WireLogId, WireVote, decode_entry, encode_entry};
 use crate::gauge::Gauge;
 use crate::log_files::{Wal, check_db, sync_parent};
+use crate::membership::naming::{Disk, DiskIdentity, Naming, Starts};
 use crate::scrub::{check_tables, read_through};
 use crate::table_files::with_damaged_tables;
 use crate::types::{LogEntry, LogId, Stamper, TypeConfig, Vote};
@@ -48,7 +49,9 @@ const CF_META: &str = "meta";
 const KEY_VOTE: &[u8] = b"vote";
 const KEY_PURGED: &[u8] = b"purged";
 const KEY_COMMITTED: &[u8] = b"committed";
-const KEY_MEMBER: &[u8] = b"member";
+const KEY_IDENTITY: &[u8] = b"identity";
+const KEY_STARTS: &[u8] = b"starts";
+const KEY_NAMING: &[u8] = b"naming";
 
 /// Makes the state durable; called before entries are purged, so that the state never needs one that is gone.
 pub type BeforePurge = Box<dyn Fn() -> io::Result<()> + Send + Sync>;
@@ -134,6 +137,8 @@ struct Shared {
     /// Bytes of entries appended since the start.
     appended_bytes: AtomicU64,
     tail: Mutex<Tail>,
+    disk: Disk,
+    naming: Mutex<Option<Naming>>,
     queue: mpsc::Sender<Op>,
     stamper: Arc<Stamper>,
     writer: Mutex<Option<std::thread::JoinHandle<()>>>,
@@ -146,6 +151,10 @@ struct Shared {
 impl Shared {
     fn tail(&self) -> MutexGuard<'_, Tail> {
         self.tail.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn naming(&self) -> MutexGuard<'_, Option<Naming>> {
+        self.naming.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn purger(&self) -> MutexGuard<'_, Option<std::thread::JoinHandle<()>>> {
@@ -194,13 +203,8 @@ pub(crate) fn db_options(recovery: rocksdb::DBRecoveryMode) -> Options {
 }
 
 impl LogStore {
-    /// Opens the log in `dir` for `member`. The inner error is the id of another member, whose log it is.
-    pub fn open(
-        dir: &Path,
-        member: u64,
-        stamper: Arc<Stamper>,
-        before_purge: BeforePurge,
-    ) -> io::Result<Result<Self, u64>> {
+    /// Opens the log in `dir`, or makes a new one with a disk identity of its own.
+    pub fn open(dir: &Path, stamper: Arc<Stamper>, before_purge: BeforePurge) -> io::Result<Self> {
         // A torn tail is what an unsynced write looks like after power loss; anything else that is damaged must stop us.
         check_db(dir, Wal::Synced)?;
         let mut options = db_options(rocksdb::DBRecoveryMode::TolerateCorruptedTailRecords);
@@ -215,19 +219,12 @@ impl LogStore {
             .map_err(|e| io_error(with_damaged_tables(dir, &e)))?;
         sync_parent(dir)?;
         let meta = db.cf_handle(CF_META).ok_or_else(|| io_error("the log has no meta table"))?;
-        match db.get_cf(meta, KEY_MEMBER).map_err(io_error)? {
-            Some(found) => {
-                let found = decode::<u64>(&found).map_err(io_error)?;
-                if found != member {
-                    return Ok(Err(found));
-                }
-            }
-            None => {
-                let mut sync = WriteOptions::default();
-                sync.set_sync(true);
-                db.put_cf_opt(meta, KEY_MEMBER, encode(&member), &sync).map_err(io_error)?;
-            }
-        }
+        let disk = read_disk(&db)?;
+        let naming = db
+            .get_cf(meta, KEY_NAMING)
+            .map_err(io_error)?
+            .map(|b| decode::<Naming>(&b).map_err(io_error))
+            .transpose()?;
         let read_id = |key| -> io::Result<Option<LogId>> {
             let bytes = db.get_cf(meta, key).map_err(io_error)?;
             bytes.map(|b| decode::<WireLogId>(&b).map(Into::into).map_err(io_error)).transpose()
@@ -261,6 +258,8 @@ impl LogStore {
             db,
             appended_bytes: AtomicU64::new(0),
             tail: Mutex::new(tail),
+            disk,
+            naming: Mutex::new(naming),
             queue,
             stamper,
             writer: Mutex::new(None),
@@ -282,7 +281,55 @@ impl LogStore {
             }
         })?;
         *shared.writer.lock().unwrap_or_else(PoisonError::into_inner) = Some(writer);
-        Ok(Ok(this))
+        Ok(this)
+    }
+
+    /// Counts a start of this disk, durably: once in each process that is going to meet others. It shows in [`Self::disk`]
+    /// when the log is opened again. Blocks on the disk.
+    pub fn count_start(&self) -> io::Result<()> {
+        let db = &self.shared.db;
+        let meta = db.cf_handle(CF_META).ok_or_else(|| io_error("the meta table is gone"))?;
+        let mut starts = self.shared.disk.starts.clone();
+        starts.begin();
+        db.put_cf_opt(meta, KEY_STARTS, encode(&starts), &synced()).map_err(io_error)
+    }
+
+    /// Identity and starts of this disk.
+    pub fn disk(&self) -> &Disk {
+        &self.shared.disk
+    }
+
+    /// Which member this disk is, if it was named.
+    pub fn naming(&self) -> Option<Naming> {
+        self.shared.naming().clone()
+    }
+
+    /// Names this disk, durably, and gives the name that it has: the one that it had before if it is named already.
+    /// The coordinator of an init completes its own. Blocks on the disk.
+    pub fn name(&self, naming: &Naming) -> io::Result<Naming> {
+        let mut held = self.shared.naming();
+        if let Some(before) = held.as_ref()
+            && !(before.is_same_member(naming) && before.is_unfinished_init())
+        {
+            return Ok(before.clone());
+        }
+        let db = &self.shared.db;
+        let meta = db.cf_handle(CF_META).ok_or_else(|| io_error("the meta table is gone"))?;
+        db.put_cf_opt(meta, KEY_NAMING, encode(naming), &synced()).map_err(io_error)?;
+        *held = Some(naming.clone());
+        Ok(naming.clone())
+    }
+
+    /// The last entry that this replica knows to be committed.
+    pub fn committed(&self) -> Option<LogId> {
+        let tail = self.shared.tail();
+        tail.committed.min(tail.last).max(tail.purged)
+    }
+
+    /// What is applied is committed, whatever the log's hint says.
+    pub fn note_applied(&self, applied: Option<LogId>) {
+        let mut tail = self.shared.tail();
+        tail.committed = tail.committed.max(applied);
     }
 
     /// Stops the writer thread after everything queued so far, and waits for it.
@@ -447,6 +494,27 @@ impl LogStore {
     }
 }
 
+fn synced() -> WriteOptions {
+    let mut options = WriteOptions::default();
+    options.set_sync(true);
+    options
+}
+
+/// Reads the disk's identity and starts; makes the identity if the database is new.
+fn read_disk(db: &DB) -> io::Result<Disk> {
+    let meta = db.cf_handle(CF_META).ok_or_else(|| io_error("the log has no meta table"))?;
+    let read = |key: &[u8]| db.get_cf(meta, key).map_err(io_error);
+    let identity = read(KEY_IDENTITY)?.map(|b| decode::<DiskIdentity>(&b).map_err(io_error)).transpose()?;
+    let starts = read(KEY_STARTS)?.map(|b| decode::<Starts>(&b).map_err(io_error)).transpose()?;
+    let starts = starts.unwrap_or_default();
+    if let Some(identity) = identity {
+        return Ok(Disk { identity, starts });
+    }
+    let identity = DiskIdentity::random();
+    db.put_cf_opt(meta, KEY_IDENTITY, encode(&identity), &synced()).map_err(io_error)?;
+    Ok(Disk { identity, starts })
+}
+
 fn last_on_disk(db: &DB) -> io::Result<Option<LogEntry>> {
     let cf = db.cf_handle(CF_LOG).ok_or_else(|| io_error("the log table is missing"))?;
     match db.iterator_cf(cf, IteratorMode::End).next() {
@@ -558,10 +626,8 @@ fn commit(shared: &Shared, ops: &[Op]) -> io::Result<()> {
     if let Some(committed) = shared.tail().committed {
         batch.put_cf(meta, KEY_COMMITTED, encode(&WireLogId::from(committed)));
     }
-    let mut options = WriteOptions::default();
-    options.set_sync(true);
     let _under_way = shared.gauge.begin();
-    db.write_opt(batch, &options).map_err(io_error)
+    db.write_opt(batch, &synced()).map_err(io_error)
 }
 
 impl RaftLogReader<TypeConfig> for LogStore {
@@ -691,6 +757,15 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         let from = last_log_id.map_or(0, |id| id.index + 1);
         {
             let mut tail = self.shared.tail();
+            // What this replica knows to be committed is applied, or about to be. openraft never asks for this, and
+            // compares nothing below its commit index: a leader that contradicts it is found by `contradicts`.
+            if let Some(committed) = tail.committed.filter(|committed| committed.index >= from) {
+                return Err(io_error(format!(
+                    "a leader wants entries from {from} on removed, but entries up to {} are committed and applied \
+                     here: acknowledged entries were lost elsewhere. Stop all members and compare their logs",
+                    committed.index
+                )));
+            }
             while tail.next_index() > from && !tail.entries.is_empty() {
                 if let Some(cut) = tail.entries.pop_back() {
                     tail.bytes -= cut.bytes;
@@ -712,9 +787,9 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     }
 
     async fn purge(&mut self, log_id: LogId) -> io::Result<()> {
-        let goes_on = {
+        let continues = {
             let mut tail = self.shared.tail();
-            let goes_on = tail.last.is_some_and(|last| last.index >= log_id.index);
+            let continues = tail.last.is_some_and(|last| last.index >= log_id.index);
             tail.purged = tail.purged.max(Some(log_id));
             while tail.first <= log_id.index && !tail.entries.is_empty() {
                 tail.pop_front();
@@ -728,13 +803,13 @@ impl RaftLogStorage<TypeConfig> for LogStore {
                 // brought counts through the state's cluster time.
                 self.shared.stamper.last_in_log_ms.store(0, Ordering::Release);
             }
-            goes_on
+            continues
         };
         // The state is made durable before what could rebuild it goes: away from the writer, which votes and entries wait
         // for, and away from the task that calls this, which heartbeats wait for.
         let this = self.clone();
         let (done, purged) = oneshot::channel();
-        let (now, later) = if goes_on { (None, Some(done)) } else { (Some(done), None) };
+        let (now, later) = if continues { (None, Some(done)) } else { (Some(done), None) };
         {
             let mut purger = self.shared.purger();
             let earlier = purger.take();

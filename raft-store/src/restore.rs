@@ -1,40 +1,39 @@
-//! Makes the data directory of one member of a *new* cluster from a backup.
+//! Makes the data directory of the first member of a *new* cluster from a backup. The others are added to it.
 //!
 //! ```text
-//!   backup ──check all of it──▶ mark ──rows──▶ carried over ──▶ state/   ──▶ log/ (empty, vote and purge point) ──▶ unmark
+//!   backup ──check all of it──▶ mark ──rows──▶ carried over ──▶ state/   ──▶ log/ (name, vote, purge point) ──▶ unmark
 //! ```
-//!
-//! It is run once for each member, with the same backup and arguments, on machines that need not know of each other. All
-//! of them get the same rows, because everything follows from backup and arguments; what must be random (the rest of the
-//! new cluster's id, the secret of its tokens) comes with the first entry of the new log, `FormCluster`.
 //!
 //! A backup cannot know what was handed out after it was made. So:
 //!
-//! 1. *Tokens grow* (invariant 2): the log goes on [`INDEX_JUMP`] further on, beyond every token that the old cluster can
+//! 1. *Tokens grow* (invariant 2): the log continues [`INDEX_JUMP`] further on, beyond every token that the old cluster can
 //!    have handed out. One backup restored for a second time starts at the same place; then the operator says above which
 //!    token to start.
 //! 2. *Exclusion* (invariant 1): all keys are freed and all backends are lost, so nothing of the old cluster is renewed;
 //!    no key is acquired for one full expiry of cluster time, in which every guard of the old cluster has ended its
 //!    backend. The drones that come over end theirs at once, because the cluster's id is another one.
-//! 3. Members that were restored from different backups, or with different arguments, refuse each other: until the cluster
-//!    is formed they go by an id that is made of a digest of both, and the id that it is formed with begins with that.
+//! 3. The new cluster has a new id, and its only member a new disk identity: no member of the old cluster, and no other
+//!    restore of the same backup, is taken for one of it.
 //! 4. A directory is never half-restored: it is marked until everything in it is durable, and a marked one is not opened.
 //!
 //! What is carried over and what is not stands with [`Carry`].
 
 use crate::files::{remove_dir_if_there, sync_dir, write_durably};
 use crate::log_store::LogStore;
+use crate::membership::check_addr;
+use crate::membership::naming::{DiskIdentity, Naming};
 use crate::state_db::{StateHandle, TableRow};
-use crate::types::{CommittedLeader, LeaderId, LogId, Stamper, StoredMembership, Vote, members_of};
+use crate::types::{CommittedLeader, LeaderId, LogId, Member, Stamper, StoredMembership, Vote};
 use holdfast_backup::{BackupError, Reader, Row, Summary, inspect};
 use holdfast_core::codec::{decode, encode};
 use holdfast_core::kv::{StateError, Table, keys};
 use holdfast_core::limits::TOKEN_MAX;
-use holdfast_core::records::{BackendRecord, ClusterRecord, DroneRecord, ProgressRecord, RestoredRecord};
+use holdfast_core::records::{
+    BackendRecord, ClusterRecord, DroneRecord, MemberIdsRecord, ProgressRecord, RestoredRecord,
+};
 use holdfast_wire::{BackendState, BackendStatus, TerminationReason};
 use openraft::Membership;
 use openraft::storage::RaftLogStorage;
-use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, BufReader};
@@ -51,17 +50,18 @@ pub(crate) const MARK: &str = "RESTORING";
 /// What is in an empty data directory.
 const NOTHING: [&str; 3] = ["LOCK", "lost+found", MARK];
 
-/// How to restore one member.
+/// Id of the only member of the new cluster.
+const FIRST_ID: u64 = 1;
+
+/// How to restore.
 #[derive(Debug, Clone)]
 pub struct RestoreOptions {
     /// The backup.
     pub file: PathBuf,
     /// Data directory to make; missing or empty.
     pub data_dir: PathBuf,
-    /// Member id.
-    pub id: u64,
-    /// All members of the new cluster: id → peer address.
-    pub members: BTreeMap<u64, String>,
+    /// Peer address of the member, `HOST:PORT`, at which those that are added will reach it.
+    pub peer_addr: String,
     /// New tokens are larger than this too, by [`INDEX_JUMP`]: for a backup that was restored before.
     pub above_token: u64,
     /// For how long no key is acquired, in milliseconds, if it is to be longer than the backup's expiry: for lease
@@ -76,8 +76,10 @@ pub struct Restored {
     pub backup: Summary,
     /// Where the new log begins: every new token is larger.
     pub index: u64,
-    /// What the new cluster's id begins with; the same on all of its members.
-    pub id_prefix: String,
+    /// The new cluster's id.
+    pub cluster_id: String,
+    /// Id of its only member.
+    pub member_id: u64,
     /// For how long no key is acquired after the new cluster's start, in milliseconds.
     pub quarantine_ms: u64,
 }
@@ -109,7 +111,7 @@ pub enum RestoreError {
     },
 }
 
-/// Restores one member. Blocks on the disk and needs a runtime; nothing else may run in it.
+/// Restores. Blocks on the disk and needs a runtime; nothing else may run in it.
 pub async fn restore(options: &RestoreOptions) -> Result<Restored, RestoreError> {
     let plan = Plan::new(options)?;
     let dir = &options.data_dir;
@@ -121,13 +123,14 @@ pub async fn restore(options: &RestoreOptions) -> Result<Restored, RestoreError>
     for part in ["state", "log", "snapshots"] {
         remove_dir_if_there(&dir.join(part)).map_err(wrote)?;
     }
-    plan.write_state(options)?;
-    plan.write_log(options).await.map_err(wrote)?;
+    let identity = plan.write_log(dir).await.map_err(wrote)?;
+    plan.write_state(options, identity)?;
     sync_dir(dir).map_err(wrote)?;
     std::fs::remove_file(dir.join(MARK)).and_then(|()| sync_dir(dir)).map_err(wrote)?;
     Ok(Restored {
         index: plan.at.index,
-        id_prefix: plan.id_prefix,
+        cluster_id: plan.cluster_id,
+        member_id: FIRST_ID,
         quarantine_ms: plan.quarantine_ms,
         backup: plan.backup,
     })
@@ -151,20 +154,19 @@ fn empty_or_marked(dir: &Path) -> Result<(), RestoreError> {
     Ok(())
 }
 
-/// What follows from backup and arguments alone, the same on every member.
+/// What follows from backup and arguments, and the new cluster's id.
 struct Plan {
     backup: Summary,
     at: LogId,
-    membership: StoredMembership,
-    id_prefix: String,
+    cluster_id: String,
     quarantine_ms: u64,
 }
 
 impl Plan {
     fn new(options: &RestoreOptions) -> Result<Self, RestoreError> {
-        if !options.members.contains_key(&options.id) {
-            let problem = format!("the new cluster must have this member too (id {})", options.id);
-            return Err(RestoreError::Arguments(problem));
+        if let Err(problem) = check_addr(&options.peer_addr) {
+            let given = &options.peer_addr;
+            return Err(RestoreError::Arguments(format!("the peer address {given:?} {problem}")));
         }
         let backup = inspect(open(&options.file)?).map_err(|error| bad(&options.file, error))?;
         let index = backup.index.max(options.above_token).saturating_add(INDEX_JUMP);
@@ -175,15 +177,11 @@ impl Plan {
         }
         let quarantine_ms = backup.lease.expiry_ms.max(options.quarantine_ms);
         let at = LogId { leader_id: CommittedLeader::new(backup.term), index };
-        let voters: BTreeSet<u64> = options.members.keys().copied().collect();
-        let membership = Membership::new(vec![voters], members_of(&options.members))
-            .map_err(|error| RestoreError::Arguments(error.to_string()))?;
-        let id_prefix = id_prefix(&backup, index, quarantine_ms, &options.members);
-        let membership = StoredMembership::new(Some(at), membership);
-        Ok(Self { backup, at, membership, id_prefix, quarantine_ms })
+        let cluster_id = format!("{:032x}", rand::random::<u128>());
+        Ok(Self { backup, at, cluster_id, quarantine_ms })
     }
 
-    fn write_state(&self, options: &RestoreOptions) -> Result<(), RestoreError> {
+    fn write_state(&self, options: &RestoreOptions, identity: DiskIdentity) -> Result<(), RestoreError> {
         let dir = options.data_dir.join("state");
         let wrote = |error| RestoreError::Write { dir: dir.clone(), error };
         let bad = |error| bad(&options.file, error);
@@ -203,20 +201,24 @@ impl Plan {
             return Err(bad(BackupError::Content("it changed while it was read".to_owned())));
         }
         state.load(carry.meta(self).map_err(content)?).map_err(wrote)?;
-        state.finish_load(self.at, &self.membership).map_err(wrote)
+        let member = Member { peer_addr: options.peer_addr.clone(), identity };
+        let membership =
+            Membership::new(vec![BTreeSet::from([FIRST_ID])], BTreeMap::from([(FIRST_ID, member)]))
+                .map_err(|error| RestoreError::Arguments(error.to_string()))?;
+        let membership = StoredMembership::new(Some(self.at), membership);
+        state.finish_load(self.at, &membership).map_err(wrote)
     }
 
-    /// An empty log whose last entry was the restored state's.
-    async fn write_log(&self, options: &RestoreOptions) -> io::Result<()> {
-        let dir = options.data_dir.join("log");
-        let opened = LogStore::open(&dir, options.id, Arc::new(Stamper::default()), Box::new(|| Ok(())))?;
-        let mut log = opened.map_err(|id| io::Error::other(format!("a new log belongs to member {id}")))?;
-        // The vote of a term in which nobody leads: elections go on from the next.
-        let leader_id = LeaderId { term: self.at.leader_id.term, voted_for: options.id };
+    /// An empty log whose last entry was the restored state's, on a disk that has its name.
+    async fn write_log(&self, dir: &Path) -> io::Result<DiskIdentity> {
+        let mut log = LogStore::open(&dir.join("log"), Arc::new(Stamper::default()), Box::new(|| Ok(())))?;
+        log.name(&Naming { cluster_id: self.cluster_id.clone(), member_id: FIRST_ID, founding: None })?;
+        // The vote of a term in which no one leads: elections continue with the next.
+        let leader_id = LeaderId { term: self.at.leader_id.term, voted_for: FIRST_ID };
         log.save_vote(&Vote { leader_id, committed: false }).await?;
         log.purge(self.at).await?;
         log.stop();
-        Ok(())
+        Ok(log.disk().identity)
     }
 }
 
@@ -231,25 +233,6 @@ fn bad(file: &Path, error: BackupError) -> RestoreError {
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// Ends with a dash, as no cluster's id does ([`is_prefix`]).
-fn id_prefix(backup: &Summary, index: u64, quarantine_ms: u64, members: &BTreeMap<u64, String>) -> String {
-    let mut hash = Sha256::new();
-    hash.update(backup.sha256.as_bytes());
-    hash.update(index.to_le_bytes());
-    hash.update(quarantine_ms.to_le_bytes());
-    for (id, addr) in members {
-        hash.update(id.to_le_bytes());
-        hash.update((addr.len() as u64).to_le_bytes());
-        hash.update(addr.as_bytes());
-    }
-    format!("restored-{}-", hex(&hash.finalize()[..8]))
-}
-
-/// Whether `id` is what a restored member goes by until its cluster is formed.
-pub(crate) fn is_prefix(id: &str) -> bool {
-    id.starts_with("restored-") && id.ends_with('-')
 }
 
 /// Which rows a new cluster gets, and what becomes of them.
@@ -325,21 +308,19 @@ impl Carry {
         progress.keys_held = 0;
         progress.idempotency_records = 0;
         progress.published = Vec::new();
-        // Replicas that were restored differently differ from here on.
-        let digest = Sha256::digest(plan.id_prefix.as_bytes());
-        progress.checksum =
-            digest.iter().take(8).fold(progress.checksum, |sum, byte| sum.rotate_left(8) ^ u64::from(*byte));
         progress.last_drone_id = progress.last_drone_id.saturating_add(DRONE_ID_JUMP);
         let restored = RestoredRecord {
             from_cluster_id: cluster.cluster_id,
             from_index: plan.backup.index,
-            id_prefix: plan.id_prefix.clone(),
             lease: cluster.lease,
             terminated_keep_ms: cluster.terminated_keep_ms,
             quarantine_ms: plan.quarantine_ms,
             acquisitions_from_ms: None,
         };
+        let mut ids = MemberIdsRecord::default();
+        ids.insert(FIRST_ID);
         Ok(vec![
+            (Table::Meta, keys::MEMBER_IDS.to_vec(), encode(&ids)),
             (Table::Meta, keys::PROGRESS.to_vec(), encode(&progress)),
             (Table::Meta, keys::RESTORED.to_vec(), encode(&restored)),
         ])

@@ -61,6 +61,8 @@ pub struct Snapshots {
     current: Mutex<Option<(SnapshotMeta, Arc<SnapshotDir>)>>,
     /// What is being sent: member → how it goes.
     transfers: Mutex<BTreeMap<u64, Transfer>>,
+    /// The state is wrong: none is built of it.
+    closed: AtomicBool,
 }
 
 /// Longest time for which one transfer puts off newer snapshots, and with them the purging of the log.
@@ -129,6 +131,7 @@ impl Snapshots {
             next: AtomicU64::new(1),
             current: Mutex::new(current),
             transfers: Mutex::default(),
+            closed: AtomicBool::new(false),
         })
     }
 
@@ -166,6 +169,16 @@ impl Snapshots {
         // One that was held for as long as is allowed is kept, so that it does not count as a new one.
         transfers.retain(|_, transfer| now.duration_since(transfer.last) < HELD_IDLE);
         transfers.values().any(|transfer| transfer.holds(now))
+    }
+
+    /// No snapshot is built from here on.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+    }
+
+    /// See [`Self::close`].
+    pub fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
     }
 
     /// A directory name to build under, not existing yet.

@@ -4,6 +4,7 @@
 //! must never wait for that. The answers go from there straight to those who wait for them.
 
 use crate::effects::Effects;
+use crate::membership::AppliedMembers;
 use crate::row_cache::{CachedState, RowCache};
 use crate::snapshots::{SnapshotDir, Snapshots};
 use crate::state_db::StateHandle;
@@ -55,6 +56,7 @@ struct Applier {
     snapshots: Arc<Snapshots>,
     stamper: Arc<Stamper>,
     applied: watch::Sender<AppliedTo>,
+    members: watch::Sender<AppliedMembers>,
     effects: Arc<Effects>,
     /// What one batch leaves for the next one.
     kept: Mutex<Kept>,
@@ -78,10 +80,11 @@ impl StateMachine {
         snapshots: Arc<Snapshots>,
         stamper: Arc<Stamper>,
         applied: watch::Sender<AppliedTo>,
+        members: watch::Sender<AppliedMembers>,
         effects: Arc<Effects>,
     ) -> io::Result<Self> {
-        let applier =
-            Arc::new(Applier { state, snapshots, stamper, applied, effects, kept: Mutex::default() });
+        let kept = Mutex::default();
+        let applier = Arc::new(Applier { state, snapshots, stamper, applied, members, effects, kept });
         applier.publish_progress()?;
         let (jobs, queue) = mpsc::channel::<Job>();
         let works = applier.clone();
@@ -97,12 +100,22 @@ impl StateMachine {
 
 impl Applier {
     fn publish_progress(&self) -> io::Result<()> {
-        let (applied, _) = self.state.applied().map_err(io_error)?;
+        let (applied, membership) = self.state.applied().map_err(io_error)?;
+        self.publish_members(&membership)?;
         let progress = holdfast_core::view::View(&self.state).progress().map_err(io_error)?;
         self.publish(AppliedTo {
             index: applied.map_or(0, |id: LogId| id.index),
             cluster_time_ms: progress.cluster_time_ms,
         });
+        Ok(())
+    }
+
+    /// Called only where nothing else is applied meanwhile, so that the two records are of one instant: a membership beside
+    /// the used ids of a later one would make a new member look removed.
+    fn publish_members(&self, membership: &StoredMembership) -> io::Result<()> {
+        let used = holdfast_core::view::View(&self.state).member_ids().map_err(io_error)?;
+        let members = membership.membership().nodes().map(|(id, node)| (*id, node.identity)).collect();
+        self.members.send_replace(AppliedMembers { used, members });
         Ok(())
     }
 
@@ -155,7 +168,10 @@ impl Applier {
         *head = txn.head();
         let writes = txn.into_writes();
         cache.absorb(&writes);
-        self.state.commit(writes, last, membership)?;
+        self.state.commit(writes, last, membership.clone())?;
+        if let Some(membership) = membership {
+            self.publish_members(&membership)?;
+        }
         self.publish(AppliedTo { index: last.index, cluster_time_ms });
         for (responder, response) in answers {
             responder.send(response);
@@ -197,7 +213,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     }
 
     async fn try_create_snapshot_builder(&mut self, force: bool) -> Option<SnapshotBuilder> {
-        if !force && self.applier.snapshots.is_held() {
+        if self.applier.snapshots.is_closed() || (!force && self.applier.snapshots.is_held()) {
             return None;
         }
         Some(self.get_snapshot_builder().await)

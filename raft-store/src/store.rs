@@ -5,35 +5,40 @@ use crate::api::{
     ReadError, ReadPoint, ReplicaStatus, StoreConfig,
 };
 use crate::background::Background;
+use crate::checksums::{self, Checksums};
 use crate::disk::{self, DiskWatch};
 use crate::effects::Effects;
 use crate::inspect;
 use crate::keeper;
 use crate::log_files::sync_parent;
 use crate::log_store::LogStore;
-use crate::members;
+use crate::membership;
+use crate::membership::Standing;
+use crate::membership::init::InitError;
+use crate::membership::naming::{DiskIdentity, Founding, Me, Naming};
+use crate::membership::waiting::{Opened, Waiting};
+use crate::metrics::lost_majority;
 use crate::raft_thread::RaftThread;
-use crate::rejoin::Rejoin;
 use crate::snapshots::Snapshots;
 use crate::state_db::StateHandle;
 use crate::state_machine::{AppliedTo, StateMachine};
-use crate::transport::Directory;
 use crate::transport::client::{RpcClient, RpcError};
 use crate::transport::network::PeerFactory;
 use crate::transport::server::{Forwarded, PeerServer};
 use crate::transport::wire::{ProposeRefusal, ProposedReply, ReadIndexReply, Reply, Request};
-use crate::types::{Proposed, Stamper, TypeConfig, members_of};
+use crate::transport::{Directory, Problem};
+use crate::types::{LogId, Member, Proposed, Stamper, TypeConfig};
 use bytes::Bytes;
-use holdfast_core::codec::encode;
-use holdfast_core::command::Proposal;
-use holdfast_core::outcome::Effect;
+use holdfast_core::codec::{decode, encode};
+use holdfast_core::command::{Command, Proposal};
+use holdfast_core::outcome::{Effect, Outcome};
 use holdfast_core::view::View;
 use openraft::async_runtime::instant::Instant as _;
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::errors::{ClientWriteError, RaftError};
 use openraft::raft::ReadPolicy;
 use openraft::{Config, RaftMetrics, SnapshotPolicy};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
@@ -50,7 +55,7 @@ pub(crate) type Raft = openraft::Raft<TypeConfig, StateMachine>;
 
 /// Longest proposal in bytes.
 pub const PROPOSAL_BYTES_MAX: usize = 4 << 20;
-/// Proposals under way on one replica.
+/// Proposals in flight on one replica.
 const PROPOSALS_IN_FLIGHT_MAX: usize = 16_384;
 /// How long to wait for news of a leader before looking again.
 const LEADER_POLL: Duration = Duration::from_millis(50);
@@ -62,6 +67,9 @@ const READ_INDEX_TIMEOUT: Duration = Duration::from_millis(1000);
 const CUT_OFF_TIMEOUTS: u64 = 4;
 
 pub(crate) struct Inner {
+    /// Member id.
+    pub(crate) id: u64,
+    pub(crate) naming: Naming,
     pub(crate) config: StoreConfig,
     pub(crate) raft: Raft,
     pub(crate) state: StateHandle,
@@ -74,7 +82,7 @@ pub(crate) struct Inner {
     pub(crate) disk: Arc<DiskWatch>,
     leader: watch::Sender<Option<LeaderInfo>>,
     pub(crate) failed: watch::Sender<Option<String>>,
-    forward_clients: Mutex<HashMap<u64, (String, Arc<RpcClient>)>>,
+    forward_clients: Mutex<HashMap<u64, (Member, Arc<RpcClient>)>>,
     in_flight: Semaphore,
     pub(crate) backups: Arc<Semaphore>,
     /// Held while the membership is changed.
@@ -133,18 +141,35 @@ fn raft_config(config: &StoreConfig) -> Result<Config, OpenError> {
         enable_pre_vote: Some(true),
         // A restarted leader must not go on in its old term: its clock's reign is over.
         enable_leader_restore: Some(false),
-        // A member that lost its disk comes back empty (see `rejoin`): the leader then starts over with it.
-        allow_log_reversion: Some(true),
+        // No member may lack what it acknowledged: a lost disk has lost its id too (see `membership::naming`).
+        allow_log_reversion: Some(false),
         backoff: "50ms".into(),
         ..Config::default()
     };
     raft.validate()
-        .map_err(|e| OpenError::Config { field: "election-timeout", problem: format!("does not do: {e}") })
+        .map_err(|e| OpenError::Config { field: "election-timeout", problem: format!("is not usable: {e}") })
+}
+
+/// The first membership of a new cluster, if this is the process that writes it.
+fn initial_membership(founding: &Founding) -> Option<BTreeMap<u64, Member>> {
+    let members = founding.members.iter().zip(&founding.identities).enumerate();
+    let member = |(at, (addr, identity)): (usize, (&String, &DiskIdentity))| {
+        (at as u64 + 1, Member { peer_addr: addr.clone(), identity: *identity })
+    };
+    (!founding.identities.is_empty()).then(|| members.map(member).collect())
 }
 
 impl Store {
-    /// Opens the replica, starts its tasks and, in a new cluster, initialises it.
-    pub async fn open(config: StoreConfig) -> Result<Self, OpenError> {
+    /// Opens the data directory: as the member that its disk is, or as a process that waits to be named.
+    pub async fn open(config: StoreConfig) -> Result<Opened, OpenError> {
+        match Waiting::open(&config).await? {
+            Some(waiting) => Ok(Opened::Waiting(waiting)),
+            None => Ok(Opened::Member(Self::open_member(config).await?)),
+        }
+    }
+
+    /// Opens the replica of a named disk, starts its tasks and, as the coordinator of a new cluster, initialises it.
+    pub async fn open_member(config: StoreConfig) -> Result<Self, OpenError> {
         let starting = |error: &dyn std::fmt::Display| OpenError::Storage {
             what: "starting the raft thread".to_owned(),
             error: error.to_string(),
@@ -153,6 +178,7 @@ impl Store {
         let inner = thread.handle().spawn(Self::open_here(config)).await.map_err(|e| starting(&e))??;
         // It reads the state, which the raft thread must not.
         inner.tasks.spawn(keeper::run(inner.clone()));
+        inner.tasks.spawn(checksums::run(inner.clone()));
         // Not on the raft thread either, which is one of those that it watches.
         let watch = disk::start(&inner).map_err(|e| starting(&e))?;
         let scrub = crate::scrub::start(&inner).map_err(|e| starting(&e))?;
@@ -166,15 +192,13 @@ impl Store {
     /// [`Self::open`], on the thread that the replica will run on.
     async fn open_here(config: StoreConfig) -> Result<Arc<Inner>, OpenError> {
         let raft_config = Arc::new(raft_config(&config)?);
-        if let Some(lease) = &config.lease {
-            lease.check().map_err(|e| OpenError::Config { field: "lease", problem: e.problem })?;
-        }
         let dir = config.data_dir.clone();
         let lock = lock_dir(&dir)?;
         if dir.join(crate::restore::MARK).exists() {
             let unfinished = "a restore into it was not finished; run it again".to_owned();
             return Err(storage("opening the data directory", &dir)(unfinished));
         }
+        let checksums = Checksums::open(&dir)?;
         let stamper = Arc::new(Stamper::default());
         let state_dir = dir.join("state");
         let state = StateHandle::open(&state_dir)
@@ -186,66 +210,65 @@ impl Store {
         );
         let log_dir = dir.join("log");
         let durable_state = state.clone();
-        let log = LogStore::open(
-            &log_dir,
-            config.id,
-            stamper.clone(),
-            Box::new(move || durable_state.make_durable()),
-        )
-        .map_err(|e| storage("opening the log", &log_dir)(e.to_string()))?
-        .map_err(|found| OpenError::OtherMember { dir: dir.clone(), found, expected: config.id })?;
+        let log = LogStore::open(&log_dir, stamper.clone(), Box::new(move || durable_state.make_durable()))
+            .map_err(|e| storage("opening the log", &log_dir)(e.to_string()))?;
+        let naming = log
+            .naming()
+            .ok_or_else(|| storage("opening the log", &log_dir)("this disk has no name".to_owned()))?;
         let cluster =
             View(&state).cluster().map_err(|e| storage("reading the state", &state_dir)(e.to_string()))?;
-        if let (Some(cluster), Some(given)) = (&cluster, config.lease)
-            && cluster.lease != given
-        {
-            return Err(OpenError::OtherLease { given, formed: cluster.lease });
+        if let Some(cluster) = cluster.as_ref().filter(|cluster| cluster.cluster_id != naming.cluster_id) {
+            return Err(storage("comparing log and state", &dir)(format!(
+                "the log is that of cluster {}, the state that of cluster {}",
+                naming.cluster_id, cluster.cluster_id
+            )));
         }
         let pristine = log.is_pristine();
         let (applied_at, _) =
             state.applied().map_err(|e| storage("reading the state", &state_dir)(e.to_string()))?;
         if pristine && applied_at.is_some() {
             return Err(storage("opening the log", &log_dir)(
-                "it is empty, but the state is not: this member has lost its log and its vote; give it an empty \
-                 data directory"
+                "it is empty, but the state is not: this member has lost its log and its vote; remove the member and give \
+                 it an empty data directory"
                     .to_owned(),
             ));
         }
+        log.note_applied(applied_at);
         inspect::check_ends(&log, &state, &snapshots)
             .map_err(|e| storage("comparing log and state", &dir)(e.to_string()))?;
-        let rejoin = Arc::new(
-            // The first entry is a member's own, before it has heard of anybody.
-            Rejoin::open(&dir, log.ends().1.is_some_and(|last| last.index > 0))
-                .map_err(|e| storage("reading the data directory", &dir)(e.to_string()))?,
-        );
         let listener = TcpListener::bind(config.peer_listen)
             .await
             .map_err(|error| OpenError::Listen { addr: config.peer_listen, error })?;
 
         let applied = watch::Sender::new(AppliedTo::default());
         let applied_rx = applied.subscribe();
-        let effects = Arc::new(Effects::default());
-        let machine =
-            StateMachine::new(state.clone(), snapshots.clone(), stamper.clone(), applied, effects.clone())
-                .map_err(|e| storage("reading the state", &state_dir)(e.to_string()))?;
-        let directory = Arc::new(Directory::new(config.id, config.advertise_url.clone(), rejoin));
-        if let Some(cluster) = &cluster {
-            directory.set_cluster_id(cluster.cluster_id.clone());
-        } else if let Some(restored) =
-            View(&state).restored().map_err(|e| storage("reading the state", &state_dir)(e.to_string()))?
-        {
-            directory.set_cluster_id(restored.id_prefix);
-        }
+        let (effects, members) = (Arc::new(Effects::default()), watch::Sender::default());
+        let machine = StateMachine::new(
+            state.clone(),
+            snapshots.clone(),
+            stamper.clone(),
+            applied,
+            members.clone(),
+            effects.clone(),
+        )
+        .map_err(|e| storage("reading the state", &state_dir)(e.to_string()))?;
+        let me = Me { id: naming.member_id, cluster_id: naming.cluster_id.clone(), disk: log.disk().clone() };
+        let id = me.id;
+        tracing::info!(id, cluster = %me.cluster_id, disk = %me.disk.identity, start = me.disk.starts.last().number, "this is a member");
+        let directory = Directory::new(me, config.advertise_url.clone(), Standing::new(members));
+        let directory = Arc::new(directory.with_checksums(checksums));
         let network = PeerFactory {
             directory: directory.clone(),
             snapshots: snapshots.clone(),
             append_timeout: Duration::from_millis((config.election_timeout_ms * 4).max(1000)),
         };
-        let raft = Raft::new(config.id, raft_config, network, log.clone(), machine)
+        let raft = Raft::new(id, raft_config, network, log.clone(), machine)
             .await
             .map_err(|e| storage("starting the replica", &dir)(e.to_string()))?;
 
         let inner = Arc::new(Inner {
+            id,
+            naming: naming.clone(),
             raft: raft.clone(),
             state,
             stamper: stamper.clone(),
@@ -269,6 +292,7 @@ impl Store {
         });
         let server = Arc::new(PeerServer {
             directory,
+            naming: naming.clone(),
             raft: raft.clone(),
             forwarded: inner.clone(),
             snapshots,
@@ -278,18 +302,14 @@ impl Store {
         let cancel = inner.cancel.clone();
         inner.tasks.spawn(async move { server.run(listener, cancel).await });
         inner.tasks.spawn(watch_raft(inner.clone()));
-        inner.tasks.spawn(members::run(inner.clone()));
-        inner.tasks.spawn(members::greet(inner.clone()));
-        if pristine && !inner.config.initial_cluster.is_empty() {
-            // Every member of a new cluster does this with the same members, and so makes the same first entry.
-            match raft.initialize(members_of(&inner.config.initial_cluster)).await {
+        inner.tasks.spawn(membership::run(inner.clone()));
+        inner.tasks.spawn(membership::greet(inner.clone()));
+        if let Some(members) = naming.founding.as_ref().and_then(initial_membership).filter(|_| pristine) {
+            match raft.initialize(members).await {
                 Ok(()) | Err(RaftError::APIError(openraft::errors::InitializeError::NotAllowed(_))) => {}
                 Err(error) => {
                     inner.stop().await;
-                    return Err(OpenError::Config {
-                        field: "initial-cluster",
-                        problem: format!("does not do: {error}"),
-                    });
+                    return Err(storage("initialising the cluster", &dir)(error.to_string()));
                 }
             }
         }
@@ -311,6 +331,11 @@ impl Store {
             if let Some(why) = inner.stopped() {
                 return Err(ProposeError::Stopped(why));
             }
+            if let Some(ProposedReply { outcome, replayed, index, cluster_time_ms }) =
+                inner.refused_for_checksums(&proposal.command)
+            {
+                return Ok(Answer { outcome, replayed, index, cluster_time_ms });
+            }
             let left = until.saturating_duration_since(Instant::now());
             if let Some(why) = inner.no_use_waiting(left) {
                 return Err(ProposeError::Unfit(why));
@@ -320,7 +345,7 @@ impl Store {
             }
             let known = leader.borrow_and_update().clone();
             let answer = match known {
-                Some(info) if info.id == inner.config.id => inner.propose_here(bytes.clone(), left).await,
+                Some(info) if info.id == inner.id => inner.propose_here(bytes.clone(), left).await,
                 Some(info) => inner.propose_there(info.id, &bytes, left).await,
                 None => Err(ProposeRefusal::NotLeader),
             };
@@ -357,7 +382,7 @@ impl Store {
             let known = leader.borrow_and_update().clone();
             let confirm = async {
                 match known {
-                    Some(info) if info.id == inner.config.id => inner.read_index_here().await,
+                    Some(info) if info.id == inner.id => inner.read_index_here().await,
                     Some(info) => inner.read_index_there(info.id, left.min(READ_INDEX_TIMEOUT)).await,
                     None => None,
                 }
@@ -376,6 +401,51 @@ impl Store {
                 applied: at.index,
             });
         }
+    }
+
+    /// This member's id.
+    pub fn id(&self) -> u64 {
+        self.inner.id
+    }
+
+    /// The answer to an operator who asks this member to form a cluster.
+    pub fn refuse_init(&self) -> InitError {
+        let Naming { cluster_id, member_id, founding } = &self.inner.naming;
+        match founding {
+            Some(founding) if self.waits_for_init() => InitError::Bound {
+                addr: "(this one)".to_owned(),
+                to: format!(
+                    "the init of {} that began at {}",
+                    founding.members.join(","),
+                    founding.coordinator_addr()
+                ),
+            },
+            _ => InitError::AlreadyInitialised { member: *member_id, cluster_id: cluster_id.clone() },
+        }
+    }
+
+    /// Whether this member was named by an init of which it has heard nothing since.
+    fn waits_for_init(&self) -> bool {
+        let metrics = self.inner.raft.metrics();
+        !self.inner.formed.load(Ordering::Acquire)
+            && metrics.borrow_watched().membership_config.membership().nodes().next().is_none()
+    }
+
+    /// What a member that has just been named waits for, and what to do if it does not come.
+    pub(crate) fn not_heard_yet(&self) -> Option<String> {
+        if !self.waits_for_init() {
+            return None;
+        }
+        let Naming { member_id, founding, .. } = &self.inner.naming;
+        Some(match founding {
+            Some(founding) => format!(
+                "named member {member_id} by the init that began at {}; waiting for its leader. If \"holdfast cluster status\" \
+                 there and at the other members says that no cluster was formed, repeat \"holdfast cluster init\" there. Only \
+                 if none was ever formed and that disk is lost, empty the data directories of all members",
+                founding.coordinator_addr()
+            ),
+            None => format!("named member {member_id} by \"holdfast cluster add\"; waiting for the leader"),
+        })
     }
 
     /// The state as this replica has it, possibly stale.
@@ -424,9 +494,22 @@ impl Store {
     pub fn status(&self) -> ReplicaStatus {
         let inner = &self.inner;
         let metrics = inner.raft.metrics().borrow_watched().clone();
-        let id = inner.config.id;
+        let id = inner.id;
         let is_leader = metrics.current_leader == Some(id);
         let voters: Vec<u64> = metrics.membership_config.membership().voter_ids().collect();
+        let problems: BTreeMap<u64, Problem> = metrics
+            .membership_config
+            .membership()
+            .nodes()
+            .filter_map(|(member, _)| Some((*member, inner.directory.problem(*member)?)))
+            .collect();
+        let of_voters = voters.iter().filter_map(|voter| problems.get(voter));
+        let lost_majority = lost_majority(voters.len(), of_voters);
+        let problem = |member: u64| {
+            let Some(problem) = problems.get(&member) else { return inner.directory.standing.awaits(member) };
+            let lost = lost_majority.clone().filter(|_| *problem == Problem::LostDisk);
+            Some(lost.unwrap_or_else(|| problem.to_string()))
+        };
         let members = metrics
             .membership_config
             .membership()
@@ -434,16 +517,17 @@ impl Store {
             .map(|(member, node)| MemberStatus {
                 id: *member,
                 peer_addr: node.peer_addr.clone(),
+                identity: node.identity,
+                problem: problem(*member),
                 url: inner.directory.url_of(*member),
                 voter: voters.contains(member),
                 last_log: if *member == id {
                     metrics.last_log_index
                 } else {
-                    metrics
-                        .replication
-                        .as_ref()
-                        .and_then(|r| r.get(member).copied().flatten())
-                        .map(|at| at.index)
+                    // What a lost disk once had says nothing about what answers there now.
+                    let reached = !problems.contains_key(member);
+                    let replicated = metrics.replication.as_ref().filter(|_| reached);
+                    replicated.and_then(|r| r.get(member).copied().flatten()).map(|at| at.index)
                 },
             })
             .collect();
@@ -460,6 +544,7 @@ impl Store {
                 .and_then(|(meta, _)| meta.last_log_id)
                 .map_or(0, |at| at.index),
             members,
+            checksums: inner.directory.checksums.status(),
         }
     }
 
@@ -484,12 +569,12 @@ impl Store {
     /// If this replica leads, hands leadership to the most advanced follower and waits for the change, at most
     /// `deadline`. Returns whether it no longer leads.
     pub async fn transfer_leadership(&self, deadline: Duration) -> bool {
-        members::hand_over(&self.inner, None, deadline).await
+        membership::hand_over(&self.inner, None, deadline).await
     }
 
     /// As [`Store::transfer_leadership`], to that member only.
     pub async fn transfer_leadership_to(&self, member: u64, deadline: Duration) -> bool {
-        members::hand_over(&self.inner, Some(member), deadline).await
+        membership::hand_over(&self.inner, Some(member), deadline).await
     }
 
     /// Stops the replica's tasks and closes its databases.
@@ -572,6 +657,18 @@ impl Inner {
         });
     }
 
+    /// The answer to an acquisition while the replicas' checksums differ and the state has no record of it yet.
+    fn refused_for_checksums(&self, command: &Command) -> Option<ProposedReply> {
+        let refusal = self.directory.checksums.refusal().filter(|_| command.acquires())?;
+        let applied = *self.applied.borrow();
+        Some(ProposedReply {
+            outcome: Outcome::Refused(refusal),
+            replayed: false,
+            index: applied.index,
+            cluster_time_ms: applied.cluster_time_ms,
+        })
+    }
+
     fn is_cut_off(&self, metrics: &RaftMetrics<TypeConfig>) -> bool {
         let alone = metrics.membership_config.membership().voter_ids().count() <= 1;
         let limit = Duration::from_millis(self.config.election_timeout_ms * CUT_OFF_TIMEOUTS);
@@ -634,17 +731,17 @@ impl Inner {
     }
 
     pub(crate) fn forward_client(&self, target: u64) -> Option<Arc<RpcClient>> {
-        let addr = {
+        let node = {
             let metrics = self.raft.metrics();
             let metrics = metrics.borrow_watched();
-            metrics.membership_config.membership().get_node(&target)?.peer_addr.clone()
+            metrics.membership_config.membership().get_node(&target)?.clone()
         };
         let mut clients = self.forward_clients.lock().unwrap_or_else(PoisonError::into_inner);
         match clients.get(&target) {
-            Some((known, client)) if *known == addr => Some(client.clone()),
+            Some((known, client)) if *known == node => Some(client.clone()),
             _ => {
-                let client = Arc::new(RpcClient::new(self.directory.clone(), target, addr.clone()));
-                clients.insert(target, (addr, client.clone()));
+                let client = Arc::new(RpcClient::new(self.directory.clone(), target, node.clone()));
+                clients.insert(target, (node, client.clone()));
                 Some(client)
             }
         }
@@ -660,15 +757,26 @@ impl Forwarded for Inner {
         // The first command of a cluster forms it, and anchors its time; nothing may come before.
         if !self.formed.load(Ordering::Acquire)
             || !self.disk.may_lead()
+            || self.directory.checksums.is_stopped()
             || self.is_cut_off(&self.raft.metrics().borrow_watched())
         {
             return Err(ProposeRefusal::NotLeader);
         }
+        if self.directory.checksums.refusal().is_some()
+            && let Ok(decoded) = decode::<Proposal>(&proposal)
+            && let Some(refused) = self.refused_for_checksums(&decoded.command)
+        {
+            return Ok(refused);
+        }
         self.propose_with(proposal, None, deadline).await
     }
 
+    async fn accept_checksum_here(&self, index: u64, value: u64) -> Result<bool, MemberError> {
+        checksums::accept::accept_here(self, index, value).await
+    }
+
     async fn change_members_here(&self, change: MemberChange) -> Result<MemberChanged, MemberError> {
-        members::change_here(self, change).await
+        membership::change_here(self, change).await
     }
 
     async fn read_index_here(&self) -> Option<ReadIndexReply> {
@@ -683,8 +791,15 @@ impl Forwarded for Inner {
     }
 
     fn may_lead(&self) -> bool {
-        let applied = self.applied.borrow().index;
-        self.disk.may_lead() && self.directory.rejoin.may_vote(applied).unwrap_or(false)
+        self.disk.may_lead() && !self.directory.checksums.is_stopped()
+    }
+
+    fn committed(&self) -> Option<LogId> {
+        self.log.committed()
+    }
+
+    fn fail(&self, why: String) {
+        Inner::fail(self, why);
     }
 }
 
@@ -699,11 +814,20 @@ impl Forwarded for Arc<Inner> {
     async fn change_members_here(&self, change: MemberChange) -> Result<MemberChanged, MemberError> {
         Inner::change_members_here(self, change).await
     }
+    async fn accept_checksum_here(&self, index: u64, value: u64) -> Result<bool, MemberError> {
+        Inner::accept_checksum_here(self, index, value).await
+    }
     async fn read_index_here(&self) -> Option<ReadIndexReply> {
         Inner::read_index_here(self).await
     }
     fn may_lead(&self) -> bool {
         Inner::may_lead(self)
+    }
+    fn committed(&self) -> Option<LogId> {
+        self.log.committed()
+    }
+    fn fail(&self, why: String) {
+        Inner::fail(self, why);
     }
 }
 
@@ -729,13 +853,13 @@ async fn watch_raft(inner: Arc<Inner>) {
             }
             // A leader that nobody answers can do nothing: better to look for another than to wait on it.
             let usable = !inner.is_cut_off(&now) && !inner.disk.is_stuck();
-            let leader = now.current_leader.filter(|id| *id != inner.config.id || usable);
+            let leader = now.current_leader.filter(|id| *id != inner.id || usable);
             // A replica whose disk is stuck can't take note of a new leader, but it hears of one.
             let leader = inner.directory.leader_after(now.current_term).or(leader);
             // Who was removed hears of no leader any more: what it knew is out of date.
             let leader = leader.filter(|_| inner.removed().is_none());
             let info = leader.map(|id| LeaderInfo { id, url: inner.directory.url_of(id) });
-            if now.current_leader == Some(inner.config.id) && !inner.is_cut_off(&now) {
+            if now.current_leader == Some(inner.id) && !inner.is_cut_off(&now) {
                 inner.stamper.reign_began(now.current_term);
                 inner.stamper.heard_of_leader();
             }

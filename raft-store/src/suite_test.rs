@@ -22,17 +22,16 @@ impl StoreBuilder<TypeConfig, LogStore, StateMachine, TempDir> for Builder {
         let durable = state.clone();
         let log = LogStore::open(
             &dir.path().join("log"),
-            1,
             stamper.clone(),
             Box::new(move || durable.make_durable()),
         )
-        .unwrap()
         .unwrap();
         let machine = StateMachine::new(
             state,
             snapshots,
             stamper,
             watch::Sender::new(AppliedTo::default()),
+            watch::Sender::default(),
             Arc::default(),
         )
         .unwrap();

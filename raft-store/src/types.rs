@@ -1,6 +1,7 @@
 //! The types that openraft is configured with, and the one place where an entry is stamped.
 
 use crate::boot_clock::boot_ms;
+use crate::membership::naming::DiskIdentity;
 use bytes::Bytes;
 use holdfast_core::clock::ClusterClock;
 use holdfast_core::command::Stamp;
@@ -8,7 +9,6 @@ use holdfast_core::outcome::Outcome;
 use openraft::entry::{EntryPayload, RaftEntry};
 use openraft::impls::leader_id_std;
 use openraft::{Membership, RaftTypeConfig};
-use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -56,6 +56,8 @@ impl RaftTypeConfig for TypeConfig {
 pub struct Member {
     /// Peer address, `HOST:PORT`.
     pub peer_addr: String,
+    /// The disk that the id belongs to. It never changes.
+    pub identity: DiskIdentity,
 }
 
 impl fmt::Display for Member {
@@ -230,11 +232,6 @@ impl Stamper {
     pub fn heard_of_leader(&self) {
         self.leader_heard_boot_ms.store(boot_ms(), Ordering::Release);
     }
-}
-
-/// Builds the membership of a new cluster.
-pub fn members_of(addrs: &BTreeMap<u64, String>) -> BTreeMap<u64, Member> {
-    addrs.iter().map(|(id, addr)| (*id, Member { peer_addr: addr.clone() })).collect()
 }
 
 #[cfg(test)]

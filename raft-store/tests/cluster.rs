@@ -7,11 +7,13 @@ use holdfast_core::command::{
 };
 use holdfast_core::outcome::{Holder, Outcome, RenewOutcome};
 use holdfast_wire::{KeyConfig, LeaseConfig};
-use raft_store::{Answer, Store, StoreConfig};
+use raft_store::{Answer, MemberChange, MemberError, Store, StoreConfig};
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
 use tempfile::TempDir;
+
+mod common;
 
 const DEADLINE: Duration = Duration::from_secs(20);
 
@@ -30,20 +32,19 @@ impl Cluster {
     async fn start(snapshot_every: u64) -> Self {
         let addrs = (1..=3).map(|id| (id, free_addr())).collect();
         let mut this = Self { dir: TempDir::new().unwrap(), addrs, stores: BTreeMap::new(), snapshot_every };
-        for id in 1..=3 {
-            this.open(id).await;
+        let configs: Vec<StoreConfig> = (1..=3).map(|id| this.config(id)).collect();
+        let dialled = this.addrs.values().map(SocketAddr::to_string).collect();
+        for store in common::form(&configs, dialled, LeaseConfig::default()).await {
+            this.stores.insert(store.id(), store);
         }
         this
     }
 
     fn config(&self, id: u64) -> StoreConfig {
         StoreConfig {
-            id,
             data_dir: self.dir.path().join(id.to_string()),
             peer_listen: self.addrs[&id],
             advertise_url: format!("http://controller-{id}"),
-            initial_cluster: self.addrs.iter().map(|(id, addr)| (*id, addr.to_string())).collect(),
-            lease: Some(LeaseConfig::default()),
             terminated_keep_ms: 3_600_000,
             election_timeout_ms: 500,
             snapshot_every: self.snapshot_every,
@@ -52,12 +53,37 @@ impl Cluster {
     }
 
     async fn open(&mut self, id: u64) {
-        let store = Store::open(self.config(id)).await.unwrap();
+        let store = common::reopen(&self.config(id)).await;
         self.stores.insert(id, store);
     }
 
     async fn stop(&mut self, id: u64) {
         self.stores.remove(&id).unwrap().stop().await;
+    }
+
+    /// Stops a member and loses its disk: what starts on it is a new process at the same address.
+    async fn wipe(&mut self, id: u64) {
+        self.stop(id).await;
+        std::fs::remove_dir_all(self.dir.path().join(id.to_string())).unwrap();
+    }
+
+    /// Starts an emptied process at the address of `lost`, removes that member, and adds the process under a new id, which
+    /// takes the place of the old one here.
+    async fn replace(&mut self, lost: u64) -> u64 {
+        let waiting = common::wait(&self.config(lost)).await;
+        let any = self.stores.values().next().unwrap().clone();
+        any.change_members(MemberChange::Remove { id: lost }, DEADLINE).await.unwrap();
+        let added = loop {
+            let add = MemberChange::Add { peer_addr: self.addrs[&lost].to_string() };
+            match any.change_members(add, DEADLINE).await {
+                Err(MemberError::Busy(_)) => tokio::time::sleep(Duration::from_millis(20)).await,
+                other => break other.unwrap(),
+            }
+        };
+        let store = common::become_member(waiting, &self.config(lost)).await;
+        assert_eq!(store.id(), added.id);
+        self.stores.insert(added.id, store);
+        added.id
     }
 
     async fn leader(&self) -> u64 {
@@ -220,54 +246,44 @@ async fn leadership_is_handed_over_on_request() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_empty_follower_catches_up_from_a_snapshot_and_the_log_is_purged() {
+async fn an_emptied_machine_is_added_again_and_catches_up_by_snapshot() {
     let mut cluster = Cluster::start(64).await;
     let drone_id = drone(cluster.store(1)).await;
     let leader = cluster.leader().await;
     let lost = *cluster.stores.keys().find(|id| **id != leader).unwrap();
-    cluster.stop(lost).await;
-    std::fs::remove_dir_all(cluster.dir.path().join(lost.to_string())).unwrap();
+    cluster.wipe(lost).await;
     let mut last = 0;
     for n in 0..400_u64 {
         let answer =
             propose(cluster.store(leader), acquire(&format!("k{n}"), &format!("ba-{n}"), drone_id)).await;
         last = acquired(answer).token;
     }
-    cluster.open(lost).await;
-    cluster.store(lost).wait_applied(last, DEADLINE).await.unwrap();
+    let added = cluster.replace(lost).await;
+    assert_eq!(added, 4);
+    cluster.store(added).wait_applied(last, DEADLINE).await.unwrap();
     {
-        let view = cluster.store(lost).local().view;
+        let view = cluster.store(added).local().view;
         assert_eq!(view.key("", "k0").unwrap().unwrap().backend_id, "ba-0");
         assert_eq!(view.progress().unwrap().keys_held, 400);
     }
-    assert!(cluster.store(lost).status().snapshot > 0, "it came by a snapshot");
+    assert!(cluster.store(added).status().snapshot > 0, "it came by a snapshot");
     checksums_agree(&cluster).await;
     // It serves after a restart from what it was given, too.
-    cluster.stop(lost).await;
-    cluster.open(lost).await;
-    let read = cluster.store(lost).linearizable(DEADLINE).await.unwrap();
+    cluster.stop(added).await;
+    let back = common::reopen(&cluster.config(lost)).await;
+    let read = back.linearizable(DEADLINE).await.unwrap();
     assert_eq!(read.view.progress().unwrap().keys_held, 400);
-    for id in 1..=3 {
+    back.stop().await;
+    for id in cluster.stores.keys().copied().collect::<Vec<_>>() {
         cluster.stop(id).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn other_lease_durations_and_another_members_directory_are_refused() {
+async fn a_directory_in_use_is_refused() {
     let mut cluster = Cluster::start(10_000).await;
-    drone(cluster.store(1)).await;
-    cluster.stop(2).await;
-    let mut config = cluster.config(2);
-    config.lease = Some("renew=10s".parse().unwrap());
-    let error = Store::open(config).await.err().unwrap().to_string();
-    assert!(error.contains("renew=10s") && error.contains("renew=30s"), "{error}");
-    let mut config = cluster.config(2);
-    config.id = 3;
-    let error = Store::open(config).await.err().unwrap().to_string();
-    assert!(error.contains("belongs to member 2, not 3"), "{error}");
     let error = Store::open(cluster.config(1)).await.err().unwrap().to_string();
     assert!(error.contains("in use by another process"), "{error}");
-    cluster.open(2).await;
     for id in 1..=3 {
         cluster.stop(id).await;
     }
@@ -313,8 +329,10 @@ async fn a_member_that_lost_its_log_but_not_its_state_is_refused() {
     }
 }
 
+/// The leader and one follower acknowledge an entry; the follower's disk is lost. What starts on it must not let the third
+/// member, which lacks the entry, go on without it.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_member_that_lost_its_disk_elects_nobody_who_lacks_what_it_had_acknowledged() {
+async fn a_lost_disk_elects_no_one_who_lacks_what_it_acknowledged() {
     let mut cluster = Cluster::start(10_000).await;
     let drone_id = drone(cluster.store(1)).await;
     let leader = cluster.leader().await;
@@ -323,24 +341,27 @@ async fn a_member_that_lost_its_disk_elects_nobody_who_lacks_what_it_had_acknowl
     let base = cluster.store(leader).status().last_log;
     cluster.store(lagging).wait_applied(base, DEADLINE).await.unwrap();
     cluster.stop(lagging).await;
-    // Acknowledged by the leader and the one that loses its disk.
     let held = acquired(propose(cluster.store(leader), acquire("k", "ba-1", drone_id)).await);
     cluster.stop(leader).await;
-    cluster.stop(wiped).await;
-    std::fs::remove_dir_all(cluster.dir.path().join(wiped.to_string())).unwrap();
+    cluster.wipe(wiped).await;
     cluster.open(lagging).await;
-    cluster.open(wiped).await;
-    // A majority runs, but one of it has forgotten: it must not go on without the entry.
-    let read = cluster.store(lagging).linearizable(Duration::from_secs(5)).await;
-    assert!(read.is_err(), "the two that lack the entry elected a leader");
-    // With the third it goes on, and the wiped one catches up under a leader that never changes.
+    let waiting = common::wait(&cluster.config(wiped)).await;
+    let read = cluster.store(lagging).linearizable(Duration::from_secs(3)).await;
+    assert!(read.is_err(), "a member that lacks the entry leads with a member that has forgotten it");
+    assert!(waiting.reason().contains("cluster add"));
+    let problem =
+        cluster.store(lagging).status().members.into_iter().find(|m| m.id == wiped).unwrap().problem;
+    assert!(problem.clone().is_some_and(|problem| problem.contains("lost disk")), "{problem:?}");
+    // With the third one the good disks are a majority, and serve.
     cluster.open(leader).await;
     for store in cluster.stores.values() {
         let read = store.linearizable(DEADLINE).await.unwrap();
         assert_eq!(read.view.key("", "k").unwrap().unwrap().token, held.token);
     }
+    waiting.close().await;
+    cluster.replace(wiped).await;
     checksums_agree(&cluster).await;
-    for id in 1..=3 {
+    for id in cluster.stores.keys().copied().collect::<Vec<_>>() {
         cluster.stop(id).await;
     }
 }

@@ -10,7 +10,7 @@ use holdfast_core::command::{
 use holdfast_core::outcome::{Holder, Outcome, Refusal, RenewOutcome};
 use holdfast_wire::{BackendStatus, KeyConfig, LeaseConfig};
 use raft_store::restore::{INDEX_JUMP, RestoreError, RestoreOptions, restore};
-use raft_store::{Answer, Store, StoreConfig};
+use raft_store::{Answer, MemberChange, MemberError, Store, StoreConfig};
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -20,6 +20,8 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+
+mod common;
 
 const DEADLINE: Duration = Duration::from_secs(30);
 /// Acquisitions under way at once.
@@ -98,7 +100,7 @@ struct Cluster {
 impl Cluster {
     async fn start(snapshot_every: u64) -> Self {
         let mut this = Self::plan(snapshot_every);
-        this.open_all().await;
+        this.form().await;
         this
     }
 
@@ -115,14 +117,40 @@ impl Cluster {
         }
     }
 
+    async fn form(&mut self) {
+        let configs: Vec<StoreConfig> = (1..=3).map(|id| self.config(id)).collect();
+        let dialled = self.dialled.values().map(SocketAddr::to_string).collect();
+        for store in common::form(&configs, dialled, self.lease).await {
+            self.stores.insert(store.id(), store);
+        }
+    }
+
+    /// Adds new processes to the one member that runs; ids are their places.
+    async fn add(&mut self, ids: impl IntoIterator<Item = u64>) {
+        for id in ids {
+            let waiting = common::wait(&self.config(id)).await;
+            assert_eq!(self.admit(id).await, id);
+            let store = common::become_member(waiting, &self.config(id)).await;
+            self.stores.insert(id, store);
+        }
+    }
+
+    /// Has the process that waits at the place `id` added, and gives the id that it gets.
+    async fn admit(&self, id: u64) -> u64 {
+        let any = self.stores.values().next().unwrap();
+        loop {
+            let add = MemberChange::Add { peer_addr: self.dialled[&id].to_string() };
+            match any.change_members(add, DEADLINE).await {
+                Err(MemberError::Busy(_)) => tokio::time::sleep(Duration::from_millis(20)).await,
+                other => return other.unwrap().id,
+            }
+        }
+    }
+
     async fn open_all(&mut self) {
         for id in 1..=3 {
             self.open(id).await;
         }
-    }
-
-    fn members(&self) -> BTreeMap<u64, String> {
-        self.dialled.iter().map(|(id, addr)| (*id, addr.to_string())).collect()
     }
 
     fn data_dir(&self, id: u64) -> PathBuf {
@@ -131,12 +159,9 @@ impl Cluster {
 
     fn config(&self, id: u64) -> StoreConfig {
         StoreConfig {
-            id,
             data_dir: self.data_dir(id),
             peer_listen: self.addrs[&id],
             advertise_url: format!("http://controller-{id}"),
-            initial_cluster: self.members(),
-            lease: Some(self.lease),
             terminated_keep_ms: 3_600_000,
             election_timeout_ms: 1_000,
             snapshot_every: self.snapshot_every,
@@ -145,7 +170,7 @@ impl Cluster {
     }
 
     async fn open(&mut self, id: u64) {
-        let store = Store::open(self.config(id)).await.unwrap();
+        let store = common::reopen(&self.config(id)).await;
         self.stores.insert(id, store);
     }
 
@@ -296,13 +321,15 @@ async fn a_snapshot_arrives_over_a_link_that_keeps_breaking(
     cluster.dialled.insert(3, proxy.addr);
     // Nobody renews while a million keys are acquired.
     cluster.lease = "renew=1200s,soft=1500s,hard=1800s,expiry=2400s".parse().unwrap();
-    cluster.open_all().await;
+    cluster.form().await;
     let drone_id = drone(cluster.store(1), "s1").await;
     if cluster.leader().await == 3 {
         assert!(cluster.store(3).transfer_leadership(DEADLINE).await);
     }
     cluster.stop(3).await;
     std::fs::remove_dir_all(cluster.data_dir(3)).unwrap();
+    let removal = MemberChange::Remove { id: 3 };
+    cluster.store(1).change_members(removal, DEADLINE).await.unwrap();
     let leader = cluster.leader().await;
     hold(cluster.store(leader), drone_id, "k", keys, executable_bytes).await;
 
@@ -310,7 +337,11 @@ async fn a_snapshot_arrives_over_a_link_that_keeps_breaking(
     let stop = Arc::new(AtomicBool::new(false));
     let writer = keep_writing(cluster.store(leader).clone(), drone_id, stop.clone());
     let began = Instant::now();
-    cluster.open(3).await;
+    // The emptied one, under the id 4.
+    let waiting = common::wait(&cluster.config(3)).await;
+    cluster.admit(3).await;
+    let added = common::become_member(waiting, &cluster.config(3)).await;
+    cluster.stores.insert(3, added);
     while proxy.cuts.load(Ordering::Relaxed) < 2 {
         assert!(began.elapsed() < DEADLINE, "no transfer has begun");
         tokio::time::sleep(Duration::from_millis(5)).await;
@@ -332,7 +363,7 @@ async fn a_snapshot_arrives_over_a_link_that_keeps_breaking(
     let (file, began) = (cluster.dir.path().join("backup"), Instant::now());
     let backup = save(cluster.store(3), &file).await;
     let (saved, began) = (began.elapsed(), Instant::now());
-    restore(&options(&file, &Cluster::plan(1), 1)).await.unwrap();
+    restore(&options(&file, &Cluster::plan(1))).await.unwrap();
     println!("backup of {} MiB saved in {saved:?}, restored in {:?}", backup.bytes >> 20, began.elapsed());
     let snapshot = bytes_below(&cluster.data_dir(3).join("snapshots"));
     let (cuts, carried) = (proxy.cuts.load(Ordering::Relaxed), proxy.large_bytes.load(Ordering::Relaxed));
@@ -415,12 +446,11 @@ fn rows(file: &Path) -> Vec<raft_store::backup_file::Row> {
     all
 }
 
-fn options(file: &Path, cluster: &Cluster, id: u64) -> RestoreOptions {
+fn options(file: &Path, cluster: &Cluster) -> RestoreOptions {
     RestoreOptions {
         file: file.to_owned(),
-        data_dir: cluster.data_dir(id),
-        id,
-        members: cluster.members(),
+        data_dir: cluster.data_dir(1),
+        peer_addr: cluster.dialled[&1].to_string(),
         above_token: 0,
         quarantine_ms: 0,
     }
@@ -490,7 +520,7 @@ async fn a_backup_nobody_reads_any_more_ends_and_gives_its_place_free() {
 async fn a_restored_cluster_waits_one_full_expiry_and_its_tokens_lie_beyond_all_of_the_old_one() {
     let mut old = Cluster::plan(10_000);
     old.lease = "renew=1s,soft=2s,hard=3s,expiry=4s".parse().unwrap();
-    old.open_all().await;
+    old.form().await;
     let drone_id = drone(old.store(1), "s1").await;
     hold(old.store(1), drone_id, "k", 300, 10).await;
     let file = old.dir.path().join("backup");
@@ -505,16 +535,17 @@ async fn a_restored_cluster_waits_one_full_expiry_and_its_tokens_lie_beyond_all_
 
     let mut new = Cluster::plan(10_000);
     new.lease = old.lease;
-    for id in 1..=3 {
-        let restored = restore(&options(&file, &new, id)).await.unwrap();
-        assert_eq!((restored.index, restored.quarantine_ms), (backup.index + INDEX_JUMP, 4_000));
-    }
-    new.open_all().await;
+    let restored = restore(&options(&file, &new)).await.unwrap();
+    assert_eq!((restored.index, restored.quarantine_ms), (backup.index + INDEX_JUMP, 4_000));
+    new.open(1).await;
     let began = Instant::now();
-    let drone_id_again = drone(new.store(2), "s2").await;
+    let drone_id_again = drone(new.store(1), "s2").await;
     assert_eq!(drone_id_again, drone_id, "a drone keeps its number");
-    let cluster = new.store(2).local().view.cluster().unwrap().unwrap();
-    assert!(cluster.cluster_id.starts_with("restored-") && cluster.cluster_id != backup.cluster_id);
+    let at_once = propose(new.store(1), acquire("later", "ba-new", drone_id, 10)).await.outcome;
+    assert!(matches!(at_once, Outcome::Refused(Refusal::Restored { .. })), "{at_once:?}");
+    new.add(2..=3).await;
+    let cluster = new.store(2).linearizable(DEADLINE).await.unwrap().view.cluster().unwrap().unwrap();
+    assert!(cluster.cluster_id == restored.cluster_id && cluster.cluster_id != backup.cluster_id);
     assert!(cluster.token_secret != old_secret && cluster.lease == old.lease);
     let progress = new.store(2).local().view.progress().unwrap();
     assert_eq!(progress.keys_held, 0);
@@ -530,25 +561,19 @@ async fn a_restored_cluster_waits_one_full_expiry_and_its_tokens_lie_beyond_all_
     let renewed = propose(new.store(3), Command::Renew(Renew { drone_id, keys })).await.outcome;
     assert_eq!(renewed, Outcome::Renewed(vec![RenewOutcome::NotHolder, RenewOutcome::Unknown]));
 
-    let mut refused = 0;
     let taken = loop {
         beat(new.store(1), drone_id, "s2").await;
         let answer = propose(new.store(1), acquire("later", "ba-new", drone_id, 10)).await;
         match answer.outcome {
             Outcome::Refused(Refusal::Restored { wait_ms }) => {
                 assert!((1..=4_000).contains(&wait_ms));
-                refused += 1;
             }
             Outcome::Acquired(holder) => break holder,
             other => panic!("{other:?}"),
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     };
-    assert!(
-        refused > 0 && began.elapsed() >= Duration::from_millis(3_500),
-        "{refused}, {:?}",
-        began.elapsed()
-    );
+    assert!(began.elapsed() >= Duration::from_millis(3_500), "{:?}", began.elapsed());
     assert!(taken.token > later.token && taken.token > backup.index + INDEX_JUMP);
     // A backend's id is never used again, also after a restore.
     let again = propose(new.store(2), acquire("k0", "ba-k0", drone_id, 10)).await.outcome;
@@ -569,43 +594,30 @@ async fn a_restored_cluster_waits_one_full_expiry_and_its_tokens_lie_beyond_all_
     new.stop_all().await;
 }
 
+/// Two restores of one backup are two clusters, and the members that are added to one have its very rows.
 #[tokio::test(flavor = "multi_thread")]
-async fn every_member_gets_the_same_rows_from_the_same_backup_and_none_mixes_with_another() {
+async fn two_restores_of_one_backup_never_mix_and_added_members_agree() {
     let mut old = Cluster::start(10_000).await;
     let drone_id = drone(old.store(1), "s1").await;
     hold(old.store(1), drone_id, "a", 50, 10).await;
-    let (first, second) = (old.dir.path().join("first"), old.dir.path().join("second"));
-    save(old.store(1), &first).await;
-    hold(old.store(1), drone_id, "b", 50, 10).await;
-    save(old.store(1), &second).await;
+    let file = old.dir.path().join("backup");
+    save(old.store(1), &file).await;
     old.stop_all().await;
 
-    let mut new = Cluster::plan(10_000);
-    let mut prefixes = Vec::new();
-    for (id, file) in [(1, &first), (2, &first), (3, &second)] {
-        prefixes.push(restore(&options(file, &new, id)).await.unwrap().id_prefix);
-    }
-    assert!(prefixes[0] == prefixes[1] && prefixes[1] != prefixes[2]);
+    let (mut new, mut twin) = (Cluster::plan(10_000), Cluster::plan(10_000));
+    let first = restore(&options(&file, &new)).await.unwrap();
+    let second = restore(&options(&file, &twin)).await.unwrap();
+    assert_ne!(first.cluster_id, second.cluster_id);
     new.open(1).await;
-    new.open(2).await;
-    let cluster_id = {
-        drone(new.store(1), "s2").await;
-        new.store(1).local().view.cluster().unwrap().unwrap().cluster_id
-    };
-    // The one of another backup neither takes part nor disturbs.
-    new.open(3).await;
-    let read = new.store(3).linearizable(Duration::from_secs(3)).await;
-    assert!(read.is_err(), "a member restored from another backup has joined");
-    drone(new.store(2), "s3").await;
-    assert_eq!(new.store(2).local().view.cluster().unwrap().unwrap().cluster_id, cluster_id);
-    assert_eq!(new.store(1).status().term, new.store(2).status().term);
-    // Restored as it should have been, it joins: as a member that lost its disk.
-    new.stop(3).await;
-    std::fs::remove_dir_all(new.data_dir(3)).unwrap();
-    restore(&options(&first, &new, 3)).await.unwrap();
-    new.open(3).await;
+    twin.open(1).await;
+    drone(new.store(1), "s2").await;
+    let add = MemberChange::Add { peer_addr: twin.dialled[&1].to_string() };
+    let refused = new.store(1).change_members(add, DEADLINE).await;
+    assert!(matches!(&refused, Err(MemberError::Named { member: 1, .. })), "{refused:?}");
+    twin.stop_all().await;
+    new.add(2..=3).await;
     for _ in 0..140 {
-        beat(new.store(1), drone_id, "s3").await;
+        beat(new.store(1), drone_id, "s2").await;
     }
     new.agree().await;
     let mut all = Vec::new();
@@ -625,7 +637,7 @@ async fn what_is_damaged_unfinished_or_in_use_is_not_restored_and_says_so() {
     hold(old.store(1), drone_id, "k", 200, 2_000).await;
     let file = old.dir.path().join("backup");
     let backup = save(old.store(1), &file).await;
-    let used = options(&file, &old, 1);
+    let used = options(&file, &old);
     let error = restore(&used).await.unwrap_err().to_string();
     assert!(error.contains("in use by another process"), "{error}");
     old.stop_all().await;
@@ -647,19 +659,19 @@ async fn what_is_damaged_unfinished_or_in_use_is_not_restored_and_says_so() {
         (b"something else".to_vec(), "not a backup"),
     ] {
         std::fs::write(&damaged, content).unwrap();
-        let error = restore(&options(&damaged, &new, 1)).await.unwrap_err();
+        let error = restore(&options(&damaged, &new)).await.unwrap_err();
         assert!(matches!(error, RestoreError::Backup { .. }) && error.to_string().contains(named), "{error}");
         assert!(!new.data_dir(1).exists(), "{named}: nothing is made of it");
     }
-    let mut other = options(&file, &new, 1);
-    other.id = 9;
+    let mut other = options(&file, &new);
+    other.peer_addr = "nowhere".into();
     assert!(matches!(restore(&other).await, Err(RestoreError::Arguments(_))));
-    let mut far = options(&file, &new, 1);
+    let mut far = options(&file, &new);
     far.above_token = 1 << 53;
     assert!(matches!(restore(&far).await, Err(RestoreError::Arguments(_))));
 
     // A restore that was killed half-way: the directory is not opened, and the restore can be run again.
-    let mut above = options(&file, &new, 1);
+    let mut above = options(&file, &new);
     above.above_token = backup.index + (1 << 33);
     std::fs::create_dir_all(new.data_dir(1).join("state/db-1")).unwrap();
     std::fs::write(new.data_dir(1).join("RESTORING"), b"").unwrap();
@@ -667,10 +679,6 @@ async fn what_is_damaged_unfinished_or_in_use_is_not_restored_and_says_so() {
     assert!(error.contains("not finished"), "{error}");
     let restored = restore(&above).await.unwrap();
     assert_eq!(restored.index, above.above_token + INDEX_JUMP);
-    let mut other = new.config(1);
-    other.id = 2;
-    let error = Store::open(other).await.err().unwrap().to_string();
-    assert!(error.contains("belongs to member 1, not 2"), "{error}");
 }
 
 /// How much of a long test is done: `HOLDFAST_SOAK_…` or all of it.

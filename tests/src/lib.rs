@@ -16,11 +16,14 @@
 //!    last when that is over.
 //! 4. Two backends of one key that overlap for a moment are seen: each locks a file of its key for its life. Where
 //!    faults are made, [`checker`] also watches the process table and a resource that checks tokens.
+//! 5. [`hosts`] gives each process a network namespace of its own, so that leaders can be isolated rather than stopped. No
+//!    packet of such a network leaves it, and it is removed with the test.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that panics has found something")]
 
 pub mod checker;
 pub mod fleet;
 pub mod harness;
+pub mod hosts;
 pub mod load;
 pub mod power;
 pub mod sim_drone;

@@ -3,8 +3,8 @@
 
 use holdfast_tests::harness::{Cluster, EventKind, LONG, binary, wait_until};
 use holdfast_wire::http::ConnectResponse;
-use holdfast_wire::{ApiErrorKind, BackendStatus, TerminationReason};
-use serde_json::Value;
+use holdfast_wire::{ApiError, ApiErrorKind, BackendStatus, TerminationReason};
+use serde_json::{Value, json as value};
 use std::path::Path;
 use std::process::Output;
 use std::time::{Duration, Instant};
@@ -34,27 +34,14 @@ async fn json(args: &[&str]) -> Value {
     serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {}", said(&output)))
 }
 
-/// Peer addresses, as `--initial-cluster` has them.
-async fn initial_cluster(cluster: &Cluster) -> String {
-    let members = cluster.info().await.members;
-    members.iter().map(|m| format!("{}={}", m.id, m.peer_addr)).collect::<Vec<_>>().join(",")
-}
-
-/// Kills every controller, restores each member into a new directory, and starts them on the old addresses.
-async fn restore_all(cluster: &mut Cluster, file: &Path, initial: &str) -> Vec<Value> {
+/// Kills every controller, and restores the first into a new directory, as the only member of a new cluster.
+async fn restore(cluster: &mut Cluster, file: &Path) -> Value {
     cluster.controllers.iter_mut().for_each(|controller| controller.kill9());
-    let mut restored = Vec::new();
-    for index in 0..cluster.controllers.len() {
-        let dir = cluster.dir().join(format!("restored-{}", index + 1)).display().to_string();
-        let (id, file) = ((index + 1).to_string(), file.display().to_string());
-        let args =
-            ["snapshot", "restore", &file, "--data-dir", &dir, "--id", &id, "--initial-cluster", initial];
-        restored.push(json(&args).await);
-        cluster.controllers[index].set_flag("--data-dir", &dir);
-    }
-    for controller in &mut cluster.controllers {
-        controller.start();
-    }
+    let dir = cluster.dir().join("restored").display().to_string();
+    let (file, addr) = (file.display().to_string(), cluster.peer_addr(0));
+    let restored = json(&["snapshot", "restore", &file, "--data-dir", &dir, "--advertise-peer", &addr]).await;
+    cluster.controllers[0].set_flag("--data-dir", &dir);
+    cluster.restart_controller(0);
     restored
 }
 
@@ -92,17 +79,7 @@ async fn a_backup_is_saved_from_any_member_checked_and_refused_when_damaged() {
     let into = dir.join("into").display().to_string();
     for (content, named) in [(flipped, "wrong checksum"), (whole[..whole.len() - 9].to_vec(), "cut off")] {
         std::fs::write(&damaged, content).unwrap();
-        let restore = [
-            "snapshot",
-            "restore",
-            &damaged_name,
-            "--data-dir",
-            &into,
-            "--id",
-            "1",
-            "--initial-cluster",
-            "1=a:1",
-        ];
+        let restore = ["snapshot", "restore", &damaged_name, "--data-dir", &into, "--advertise-peer", "a:1"];
         for args in [&["snapshot", "inspect", &damaged_name][..], &restore] {
             let output = holdfast(args).await;
             assert_eq!(output.status.code(), Some(1), "{}", said(&output));
@@ -123,14 +100,12 @@ async fn a_backup_is_saved_from_any_member_checked_and_refused_when_damaged() {
     assert_eq!(before.len(), after.len(), "{before:?} {after:?}");
     // The directory of a member is in use, and not empty.
     let used = dir.join("controller-1").display().to_string();
-    let args =
-        ["snapshot", "restore", &file_name, "--data-dir", &used, "--id", "1", "--initial-cluster", "1=a:1"];
+    let args = ["snapshot", "restore", &file_name, "--data-dir", &used, "--advertise-peer", "a:1"];
     let output = holdfast(&args).await;
     assert_eq!(output.status.code(), Some(1), "{}", said(&output));
     assert!(said(&output).contains("in use"), "{}", said(&output));
     // Wrong use is told apart.
-    let args =
-        ["snapshot", "restore", &file_name, "--data-dir", &into, "--id", "2", "--initial-cluster", "1=a:1"];
+    let args = ["snapshot", "restore", &file_name, "--data-dir", &into, "--advertise-peer", "nonsense"];
     assert_eq!(holdfast(&args).await.status.code(), Some(2));
 }
 
@@ -156,29 +131,24 @@ async fn no_key_gets_a_second_backend_after_a_restore_not_even_one_acquired_afte
     let on = |drone: &str| old.iter().filter(|(_, a)| a.drone.as_deref() == Some(drone)).count();
     assert!(on("dr-0") > 0 && on("dr-1") > 0, "both drones hold keys: {old:?}");
     let old_cluster = cluster.info().await.cluster_id;
-    let initial = initial_cluster(&cluster).await;
 
     // One drone can't be reached any more: its backends live on to their hard deadline, and nobody can ask them not to.
     cluster.links[1].cut();
-    let restored = restore_all(&mut cluster, &file, &initial).await;
+    let restored = restore(&mut cluster, &file).await;
     let began = Instant::now();
     let index = backup["index"].as_u64().unwrap();
-    for member in &restored {
-        assert_eq!(member["index"].as_u64(), Some(index + JUMP));
-        assert_eq!(member["cluster_id_prefix"], restored[0]["cluster_id_prefix"]);
-    }
-    for index in 0..3 {
-        cluster.wait_controller(index).await;
-    }
+    assert_eq!((restored["index"].as_u64(), restored["id"].as_u64()), (Some(index + JUMP), Some(1)));
+    cluster.wait_controller(0).await;
     let new_cluster = cluster.info().await.cluster_id;
     assert!(new_cluster.is_some() && new_cluster != old_cluster);
+    assert_eq!(restored["cluster_id"].as_str(), new_cluster.as_deref());
     cluster.wait_drone(0).await;
 
-    // Each key is asked for again and again, at any member: refused with a reason and a time, and then acquired anew.
+    // Each key is asked for again and again: refused with a reason and a time, and then acquired.
     let mut refusals = 0;
     let mut taken = Vec::new();
-    for (n, (name, before)) in old.iter().enumerate() {
-        let url = cluster.url(n % 3);
+    let url = cluster.url(0);
+    for (name, before) in &old {
         let answer = wait_until(&format!("{name} is acquired in the restored cluster"), LONG, async || {
             let answer = cluster.http.connect(&url, &backend.request(name)).await;
             if answer.status.is_success() {
@@ -212,6 +182,30 @@ async fn no_key_gets_a_second_backend_after_a_restore_not_even_one_acquired_afte
         cluster.assert_ready(&answer.backend_id).await;
     }
     cluster.journal.assert_no_overlap();
+
+    // A member of the old cluster is no member of the new one. Emptied, it is added under the next id.
+    cluster.restart_controller(1);
+    let addr = cluster.peer_addr(1);
+    let refused = wait_until("the old member is refused by name", LONG, async || {
+        let answer =
+            cluster.http.post(&format!("{url}/ctrl/cluster/members"), &value!({"peer_addr": addr})).await;
+        let error: ApiError = answer.read();
+        if error.kind == ApiErrorKind::MemberIdUsed { Ok(error) } else { Err(answer) }
+    })
+    .await;
+    assert!(refused.message.contains(old_cluster.as_deref().unwrap()), "{refused:?}");
+    for (index, id) in [(1, 2), (2, 3)] {
+        cluster.wipe(index);
+        cluster.restart_controller(index);
+        assert_eq!(cluster.add(index).await, id);
+        cluster.wait_role(index, &["follower", "leader"]).await;
+        cluster.wait_controller(index).await;
+    }
+    for (n, (name, answer)) in taken.iter().enumerate() {
+        let seen: ConnectResponse =
+            cluster.http.connect(&cluster.url(n % 3), &backend.request(name)).await.ok();
+        assert_eq!((seen.spawned, seen.fencing_token), (false, answer.fencing_token), "{name}");
+    }
 
     // The other drone comes over: what it had was ended long ago, and it takes nothing from anybody.
     cluster.links[1].heal();

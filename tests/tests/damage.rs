@@ -9,9 +9,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Files that are not read back, or whose content says nothing: damage to them is harmless. `LOCK` is only locked; `LOG` and
-/// `OPTIONS` are notes of RocksDB's for people; `IDENTITY` is a name that nobody asks for; `REJOINING` is a mark that says
-/// everything by being there.
-const HARMLESS: [&str; 5] = ["LOCK", "LOG", "OPTIONS", "IDENTITY", "REJOINING"];
+/// `OPTIONS` are notes of RocksDB's for people; `IDENTITY` is RocksDB's name for a database, which no one asks for.
+const HARMLESS: [&str; 4] = ["LOCK", "LOG", "OPTIONS", "IDENTITY"];
 
 fn is_harmless(file: &Path) -> bool {
     let name = file.file_name().unwrap().to_string_lossy();
@@ -55,7 +54,7 @@ fn files(dir: &Path) -> Vec<PathBuf> {
 
 /// What a replica is found to hold: everything that was acknowledged, or why it refuses.
 fn outcome(what: &str, dir: &Path, held: &BTreeMap<String, u64>) -> Result<(), String> {
-    let replica = inspect::open(dir, 1).map_err(|error| error.to_string())?;
+    let replica = inspect::open(dir).map_err(|error| error.to_string())?;
     replica.scrub().map_err(|error| error.to_string())?;
     for (key, token) in held {
         let in_log = || replica.acquisition(*token).unwrap().is_some_and(|(_, found)| found.name == *key);
@@ -109,12 +108,11 @@ async fn a_flipped_bit_or_a_missing_file_is_named_or_does_no_harm() {
     .await;
     cluster.controllers.iter_mut().for_each(|controller| controller.kill9());
     let original = cluster.dir().join("controller-1");
-    fs::write(original.join("REJOINING"), "x").unwrap();
 
     // A replica applies what a quorum holds, which it need not be part of: kill -9 may have been faster than its own log.
     let copy = clean_tmpfs_dir("holdfast-damage-");
     copy_dir(&original, copy.path());
-    let (_, last) = inspect::open(copy.path(), 1).unwrap().ends().unwrap().last.unwrap();
+    let (_, last) = inspect::open(copy.path()).unwrap().ends().unwrap().last.unwrap();
     held.retain(|_, token| *token <= last);
     assert!(held.len() >= 12, "the disk to be damaged holds too little: {held:?} up to {last}");
 

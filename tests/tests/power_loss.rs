@@ -206,7 +206,7 @@ fn holds(replica: &Inspected, wanted: &Acknowledged) -> (bool, u64) {
 fn check(dir: &Path, acknowledged: &[Acknowledged], what: &str) {
     let replicas: Vec<Inspected> = (0..NODES)
         .map(|index| {
-            inspect::open(&node_dir(dir, index), index as u64 + 1)
+            inspect::open(&node_dir(dir, index))
                 .unwrap_or_else(|error| panic!("{what}: node {}: {error}", index + 1))
         })
         .collect();
@@ -229,6 +229,8 @@ async fn start_and_check(cluster: &mut Cluster, dir: &Path, acknowledged: &[Ackn
         cluster.controllers[index].clear_env();
         cluster.restart_controller(index);
     }
+    // The power may have failed while the cluster was formed. Then the operator repeats that; else it is refused.
+    cluster.form_again(LEASE).await;
     for index in 0..NODES {
         cluster.wait_controller(index).await;
     }
@@ -269,7 +271,12 @@ async fn power_loss(size: Size, seed: u64) {
 
     let mut rng = StdRng::seed_from_u64(seed);
     let mut cuts: Vec<usize> = (0..size.cuts).map(|_| rng.random_range(0..=journal.records.len())).collect();
+    // Before the first acknowledgement the cluster is formed.
+    let forming = told.first().map_or(journal.records.len(), |(at, _)| *at);
+    cuts.extend((0..size.cuts / 10).map(|_| rng.random_range(0..=forming)));
     cuts.sort_unstable();
+    let early: Vec<usize> = (1..=size.starts).map(|n| forming * n / (size.starts + 1)).collect();
+    let early: Vec<usize> = early.iter().map(|at| cuts.partition_point(|cut| cut < at)).collect();
     let start_every = size.cuts / size.starts;
     let mut disks = disks(&journal);
     let mut done = 0;
@@ -312,7 +319,7 @@ async fn power_loss(size: Size, seed: u64) {
                 let loss = if loses(index, which, mask) { Loss::Mixed } else { Loss::Nothing };
                 disk.rebuild(&node_dir(rebuilt.path(), index), loss, &mut rng);
             }
-            if number % start_every == start_every / 2 {
+            if number % start_every == start_every / 2 || early.contains(&number) {
                 // Again, since the check changes what it opens.
                 let kept = clean_tmpfs_dir("holdfast-start-");
                 for index in 0..NODES {

@@ -5,8 +5,6 @@
 #[path = "schedules/support.rs"]
 mod support;
 
-#[path = "schedules/leases.rs"]
-mod leases;
 #[path = "schedules/outages.rs"]
 mod outages;
 #[path = "schedules/races.rs"]

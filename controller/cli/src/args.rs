@@ -277,10 +277,18 @@ pub(crate) enum ClusterCommand {
     Status,
     /// List the controllers
     Members,
-    /// Add a controller that runs with --join (which does it by itself), or change a controller's peer address
+    /// Form a new cluster of controllers that wait for it. Asks the first controller of --controller that answers, which
+    /// must be one of the members; an init that was interrupted is repeated there
+    Init {
+        /// Peer addresses of the members, as they reach each other; their ids will be 1, 2, 3 in this order
+        #[arg(long, value_name = "HOST:PORT,...", required = true, value_delimiter = ',')]
+        members: Vec<String>,
+        /// Lease durations [default: renew=30s,soft=40s,hard=50s,expiry=60s]
+        #[arg(long, value_name = "renew=30s,soft=40s,hard=50s,expiry=60s")]
+        lease: Option<LeaseConfig>,
+    },
+    /// Add the controller that waits at this peer address, as a member with a new id
     Add {
-        /// Member id: one that was never used, or the member that has moved
-        id: u64,
         /// Where the other controllers reach it
         #[arg(value_name = "HOST:PORT")]
         peer_addr: String,
@@ -291,10 +299,28 @@ pub(crate) enum ClusterCommand {
         #[arg(long = "wait-timeout", value_name = "DURATION", default_value = "60s", value_parser = duration_ms)]
         wait_timeout_ms: u64,
     },
-    /// Remove a controller for ever; its id can't be used again
+    /// Change a controller's peer address; its id and its data stay
+    Move {
+        /// Member id
+        id: u64,
+        /// Where the other controllers reach it now
+        #[arg(value_name = "HOST:PORT")]
+        peer_addr: String,
+    },
+    /// Remove a controller forever; its id can't be used again
     Remove {
         /// Member id
         id: u64,
+    },
+    /// Decide which controllers are right, where their checksums differ and no majority agrees
+    ///
+    /// Controllers that have another checksum at that index are removed from the cluster and stop for good. See cluster
+    /// status for the index and the checksums.
+    AcceptChecksum {
+        /// Log index at which they differ
+        index: u64,
+        /// The checksum that is right
+        value: String,
     },
     /// Make the leader hand over
     TransferLeader {
@@ -316,8 +342,7 @@ pub(crate) enum SnapshotCommand {
         /// The backup
         file: PathBuf,
     },
-    /// Make the data directory of one member of a new cluster from a backup: once for each member, on its machine, with
-    /// the same backup and --initial-cluster
+    /// Make the data directory of the first member of a new cluster from a backup; the others are added to it
     Restore(RestoreArgs),
 }
 
@@ -328,12 +353,9 @@ pub(crate) struct RestoreArgs {
     /// Data directory to make: missing or empty
     #[arg(long, value_name = "DIR")]
     pub(crate) data_dir: PathBuf,
-    /// Member id of this replica in the new cluster
-    #[arg(long, value_name = "ID")]
-    pub(crate) id: u64,
-    /// All members of the new cluster and their peer addresses
-    #[arg(long, value_name = "ID=HOST:PORT,...")]
-    pub(crate) initial_cluster: String,
+    /// Where the members that are added later reach this one
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) advertise_peer: String,
     /// New tokens are to be larger than this one too: for a backup that was restored before
     #[arg(long, value_name = "TOKEN")]
     pub(crate) above_token: Option<u64>,

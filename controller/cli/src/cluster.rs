@@ -5,8 +5,10 @@ use crate::error::CliError;
 use crate::format::{clean, time};
 use crate::output::{Column, Out, fields, table};
 use futures::future::join_all;
-use holdfast_client::wire::http::{AddMember, ClusterInfo, DrainResult, MemberInfo};
-use holdfast_client::{Client, RequestOptions};
+use holdfast_client::wire::http::{
+    Checksum, ChecksumAgreement, ClusterInfo, DrainResult, InitCluster, MemberInfo, SetMember,
+};
+use holdfast_client::{Client, ClientError, RequestOptions};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -15,7 +17,10 @@ const LEADER_MS_MAX: u64 = 3_000;
 /// How long one controller may take to say how far it is, in milliseconds.
 const MEMBER_MS_MAX: u64 = 1_000;
 
-/// How often `add --wait` looks.
+/// How long a cluster that was just formed may take to elect a leader.
+const FORMED_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How often `init` and `add --wait` look.
 const WAIT_POLL: Duration = Duration::from_millis(200);
 
 const COLUMNS: [Column; 7] = [
@@ -37,13 +42,24 @@ pub(crate) async fn run(
     match command {
         ClusterCommand::Status => {}
         ClusterCommand::Members => return members(client, urls, out).await,
-        ClusterCommand::Add { id, peer_addr, wait, wait_timeout_ms } => {
+        ClusterCommand::Init { members, lease } => {
+            return init(client, urls, &InitCluster { members, lease }, out).await;
+        }
+        ClusterCommand::Add { peer_addr, wait, wait_timeout_ms } => {
             let wait_ms = wait.then_some(wait_timeout_ms);
-            return add(client, id, peer_addr, wait_ms, out).await;
+            return add(client, peer_addr, wait_ms, out).await;
+        }
+        ClusterCommand::Move { id, peer_addr } => {
+            let text = format!("member {id} is reached at {peer_addr} from now on");
+            let done = client.set_member(&SetMember { id: Some(id), peer_addr }).await?;
+            return said(out, &done, &text);
         }
         ClusterCommand::Remove { id } => {
             let done = client.remove_member(id).await?;
             return said(out, &done, &format!("member {id} is removed; its id can't be used again"));
+        }
+        ClusterCommand::AcceptChecksum { index, value } => {
+            return accept_checksum(client, Checksum { index, value }, out).await;
         }
         ClusterCommand::TransferLeader { to } => return transfer_leader(client, to, out).await,
     }
@@ -62,15 +78,49 @@ async fn members(client: &Client, urls: &[String], out: &Out) -> Result<(), CliE
     if out.json { out.json(&info.members) } else { out.text(&member_table(&info, &answers)) }
 }
 
-async fn add(
-    client: &Client,
-    id: u64,
-    peer_addr: String,
-    wait_ms: Option<u64>,
-    out: &Out,
-) -> Result<(), CliError> {
-    let member = AddMember { id, peer_addr, joining: false, protocol: 0 };
-    let mut done = client.set_member(&member).await?;
+/// Asks the first controller that can be reached: an interrupted init must be repeated at the same one.
+async fn init(client: &Client, urls: &[String], init: &InitCluster, out: &Out) -> Result<(), CliError> {
+    let mut unreachable = None;
+    for url in urls {
+        match client.init_at(url, init).await {
+            Ok(formed) => {
+                let members: Vec<String> = formed
+                    .members
+                    .iter()
+                    .map(|member| format!("{} at {}", member.id, member.peer_addr))
+                    .collect();
+                let (id, members) = (&formed.cluster_id, members.join(", "));
+                let text = match serves(client, url).await {
+                    true => format!("cluster {id} is formed: {members}"),
+                    false => format!(
+                        "all members of cluster {id} have answered: {members}\nit has no leader yet; see cluster status"
+                    ),
+                };
+                return said(out, &formed, &text);
+            }
+            Err(error @ ClientError::Unreachable { .. }) => unreachable = Some(error),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Err(unreachable
+        .map_or_else(|| CliError::Usage("--controller names no controller".to_owned()), Into::into))
+}
+
+/// Waits until a leader serves through this controller: until then only its own disk knows the members.
+async fn serves(client: &Client, url: &str) -> bool {
+    let until = Instant::now() + FORMED_PATIENCE;
+    while Instant::now() < until {
+        if matches!(client.ready_at(url).await, Ok(true)) {
+            return true;
+        }
+        tokio::time::sleep(WAIT_POLL).await;
+    }
+    false
+}
+
+async fn add(client: &Client, peer_addr: String, wait_ms: Option<u64>, out: &Out) -> Result<(), CliError> {
+    let mut done = client.set_member(&SetMember { id: None, peer_addr }).await?;
+    let id = done.id;
     let until = wait_ms.map(|ms| Instant::now() + Duration::from_millis(ms));
     while done.role == "learner" && until.is_some_and(|until| Instant::now() < until) {
         tokio::time::sleep(WAIT_POLL).await;
@@ -88,6 +138,21 @@ async fn add(
         (_, false) => format!("member {id} was added already; it votes as soon as it has caught up"),
     };
     said(out, &done, &text)
+}
+
+async fn accept_checksum(client: &Client, checksum: Checksum, out: &Out) -> Result<(), CliError> {
+    checksum.number().map_err(|error| CliError::Usage(error.to_string()))?;
+    let updated = client.accept_checksum(&checksum).await?;
+    let Checksum { index, value } = &checksum;
+    let text = if updated {
+        format!(
+            "checksum {value} at index {index} is right; members with another one are removed, and keys can be acquired \
+             again"
+        )
+    } else {
+        format!("checksum {value} at index {index} was accepted already")
+    };
+    said(out, &DrainResult { updated, remaining: None }, &text)
 }
 
 async fn transfer_leader(client: &Client, to: Option<u64>, out: &Out) -> Result<(), CliError> {
@@ -171,9 +236,40 @@ fn shown(info: &ClusterInfo, answers: &[bool]) -> String {
         ("term", info.term.to_string()),
         ("cluster time", time(info.cluster_time)),
         ("lease", info.lease.map(|lease| lease.to_string()).unwrap_or_default()),
-        ("checksum", format!("{:016x} at index {}", info.checksum.value, info.checksum.index)),
+        ("checksum", format!("{} at index {}", clean(&info.checksum.value), info.checksum.index)),
+        ("replicas", agreement(&info.checksum_agreement)),
     ]);
-    format!("{head}\n\n{}", member_table(info, answers))
+    let mut text = format!("{head}\n\n{}", member_table(info, answers));
+    for (member, problem) in info.members.iter().filter_map(|m| m.problem.as_ref().map(|p| (m.id, p))) {
+        text.push_str(&format!("\nmember {member}: {}", clean(problem)));
+    }
+    text
+}
+
+/// Whether the controllers' states agree, and what to do if not.
+fn agreement(of: &ChecksumAgreement) -> String {
+    let index = of.index;
+    let values = || {
+        let each = of.values.iter().map(|v| format!("member {} has {}", v.member, clean(&v.value)));
+        each.collect::<Vec<_>>().join(", ")
+    };
+    let wrong = match of.differing.as_slice() {
+        [] => String::new(),
+        ids => {
+            let ids = ids.iter().map(u64::to_string).collect::<Vec<_>>().join(", ");
+            format!("; WRONG STATE on member {ids}: remove it, empty its data directory, add it")
+        }
+    };
+    match of.state.as_str() {
+        "agrees" => format!("agree at index {index}{wrong}"),
+        "split" => format!(
+            "DIFFER at index {index}, no key is acquired: {}; decide with cluster accept-checksum {index} CHECKSUM",
+            values()
+        ),
+        "undecided" => format!("DIFFER at index {index}, waiting for a majority: {}", values()),
+        "minority" => format!("WRONG STATE here at index {index}: this controller stops"),
+        _ => "not compared yet".to_owned(),
+    }
 }
 
 fn member_table(info: &ClusterInfo, answers: &[bool]) -> String {

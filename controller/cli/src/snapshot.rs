@@ -105,7 +105,7 @@ async fn restore(args: RestoreArgs, out: &Out) -> Result<(), CliError> {
     let program = beside_this("holdfast-controller")?;
     let mut command = tokio::process::Command::new(&program);
     command.arg("restore").arg(&args.file).arg("--data-dir").arg(&args.data_dir);
-    command.args(["--id", &args.id.to_string(), "--initial-cluster", &args.initial_cluster]);
+    command.args(["--advertise-peer", &args.advertise_peer]);
     if let Some(token) = args.above_token {
         command.args(["--above-token", &token.to_string()]);
     }

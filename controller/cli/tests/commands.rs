@@ -68,6 +68,12 @@ async fn exit_codes_are_the_contracts() {
         &["--config", "/no/such/file", "keys", "list"],
         &["dev", "--controllers", "0"],
         &["dev", "--base-port", "65535"],
+        &["cluster", "init"],
+        &["cluster", "init", "--members", "a:1", "--lease", "hard=59s"],
+        &["cluster", "add"],
+        &["cluster", "add", "4", "a:1"],
+        &["cluster", "move", "a:1"],
+        &["cluster", "remove", "a:1"],
         &["no-such-command"],
         &[],
     ] {
@@ -91,7 +97,7 @@ async fn listings_are_tables_for_people_and_arrays_for_programs() {
                 "draining":false,"backend_count":3,"last_heartbeat_age_ms":1200,"version":"0.1.0"}]}"#
                 .to_owned(),
             _ => r#"{"cluster_id":"c","leader":1,"term":2,"cluster_time":43000,"members":[],
-                "checksum":{"index":1,"value":2},"lease":null}"#
+                "checksum":{"index":1,"value":"02"},"lease":null}"#
                 .to_owned(),
         })
     })
@@ -315,7 +321,7 @@ async fn connect_that_waits_in_vain_fails() {
 #[tokio::test]
 async fn cluster_status_asks_each_controller_how_far_it_is() {
     let member = Fake::start(|_, _| {
-        json(r#"{"cluster_id":"cl-1","leader":1,"term":2,"cluster_time":1000,"checksum":{"index":8,"value":255},
+        json(r#"{"cluster_id":"cl-1","leader":1,"term":2,"cluster_time":1000,"checksum":{"index":8,"value":"00000000000000ff"},
             "lease":{"renew_ms":30000,"soft_terminate_ms":40000,"hard_terminate_ms":50000,"expiry_ms":60000},
             "members":[{"id":2,"url":null,"peer_addr":"p:2","role":"follower","last_log":9,"applied":8,"lag":null}]}"#)
     })
@@ -323,7 +329,7 @@ async fn cluster_status_asks_each_controller_how_far_it_is() {
     let (member_url, gone_url) = (member.url.clone(), nobody().await);
     let leader = Fake::start(move |_, _| {
         json(&format!(
-            r#"{{"cluster_id":"cl-1","leader":1,"term":2,"cluster_time":1000,"checksum":{{"index":8,"value":255}},
+            r#"{{"cluster_id":"cl-1","leader":1,"term":2,"cluster_time":1000,"checksum":{{"index":8,"value":"00000000000000ff"}},"checksum_agreement":{{"state":"split","index":8,"values":[{{"member":1,"value":"00000000000000ff"}},{{"member":2,"value":"00000000000000fe"}}]}},
             "lease":{{"renew_ms":30000,"soft_terminate_ms":40000,"hard_terminate_ms":50000,"expiry_ms":60000}},
             "members":[
               {{"id":1,"url":null,"peer_addr":"p:1","role":"leader","last_log":9,"applied":9,"lag":null}},
@@ -339,7 +345,118 @@ async fn cluster_status_asks_each_controller_how_far_it_is() {
     assert_eq!(member.lines(), ["GET /ctrl/cluster?consistency=local"]);
     let text = run(&leader.url, &["cluster", "status"]).await;
     assert!(stdout(&text).contains("lease         renew=30s,soft=40s,hard=50s,expiry=60s"), "{text:?}");
+    assert!(stdout(&text).contains("checksum      00000000000000ff at index 8"), "{text:?}");
+    let differ = "replicas      DIFFER at index 8, no key is acquired: member 1 has 00000000000000ff, member 2 has \
+                  00000000000000fe; decide with cluster accept-checksum 8 CHECKSUM";
+    assert!(stdout(&text).contains(differ), "{text:?}");
     assert!(stdout(&text).lines().last().unwrap().ends_with("-    -  no"), "{text:?}");
+}
+
+#[tokio::test]
+async fn cluster_init_asks_the_first_controller_that_answers() {
+    let formed = Fake::start(|_, _| {
+        json(r#"{"cluster_id":"cl-1","members":[{"id":1,"peer_addr":"a:1"},{"id":2,"peer_addr":"b:1"}]}"#)
+    })
+    .await;
+    let init = ["cluster", "init", "--members", "a:1,b:1"];
+    let urls = format!("{},{}", nobody().await, formed.url);
+    assert_eq!(stdout(&run(&urls, &init).await), "cluster cl-1 is formed: 1 at a:1, 2 at b:1\n");
+    let lease = ["--lease", "renew=1s,soft=2s,hard=3s,expiry=5s", "--json"];
+    let output = run(&urls, &[&init[..], &lease].concat()).await;
+    let result: Value = serde_json::from_str(stdout(&output)).unwrap();
+    assert_eq!(result["members"][1], value!({"id": 2, "peer_addr": "b:1"}));
+    let posts = || formed.asked().into_iter().filter(|asked| asked.line == "POST /ctrl/cluster/init");
+    let bodies: Vec<Value> = posts().map(|asked| serde_json::from_str(&asked.body).unwrap()).collect();
+    assert_eq!(bodies[0], value!({"members": ["a:1", "b:1"]}));
+    assert_eq!(bodies[1]["lease"]["expiry_ms"], 5_000);
+    assert!(formed.lines().contains(&"GET /ctrl/ready".to_owned()), "it waits for a leader");
+    // The first one that answers decides: another one must not be asked for a second cluster.
+    let refusing = Fake::start(|_, _| refusal(ApiErrorKind::ChangeUnsafe)).await;
+    let urls = format!("{},{}", refusing.url, formed.url);
+    assert_fails(&run(&urls, &init).await, 1, "this is ChangeUnsafe (ChangeUnsafe)");
+    let there = Fake::start(|_, _| refusal(ApiErrorKind::AlreadyInitialised)).await;
+    assert_fails(&run(&there.url, &init).await, 1, "AlreadyInitialised");
+    assert_eq!(posts().count(), 2);
+    assert_fails(&run(&nobody().await, &init).await, 3, "no controller could be reached");
+}
+
+#[tokio::test]
+async fn members_are_added_moved_and_removed_by_name() {
+    let controller = Fake::start(|_, asked| {
+        json(match asked.line.as_str() {
+            "DELETE /ctrl/cluster/members/3" => r#"{"id":3,"role":"removed","updated":true}"#,
+            _ if asked.body.contains("\"id\"") => r#"{"id":2,"role":"voter","updated":true}"#,
+            _ => r#"{"id":4,"role":"learner","updated":true}"#,
+        })
+    })
+    .await;
+    let added = run(&controller.url, &["cluster", "add", "d:1"]).await;
+    assert_eq!(stdout(&added), "member 4 is added; it votes as soon as it has caught up\n");
+    let moved = run(&controller.url, &["cluster", "move", "2", "e:1"]).await;
+    assert_eq!(stdout(&moved), "member 2 is reached at e:1 from now on\n");
+    let removed = run(&controller.url, &["cluster", "remove", "3"]).await;
+    assert_eq!(stdout(&removed), "member 3 is removed; its id can't be used again\n");
+    let again = run(&controller.url, &["cluster", "add", "d:1", "--json"]).await;
+    assert_eq!(serde_json::from_str::<Value>(stdout(&again)).unwrap()["id"], 4);
+    let post = "POST /ctrl/cluster/members";
+    assert_eq!(controller.lines(), [post, post, "DELETE /ctrl/cluster/members/3", post]);
+    let bodies: Vec<_> = controller.asked().into_iter().map(|asked| asked.body).collect();
+    assert_eq!(bodies[..2], [r#"{"peer_addr":"d:1"}"#, r#"{"id":2,"peer_addr":"e:1"}"#]);
+
+    let refusing = Fake::start(|_, _| refusal(ApiErrorKind::MemberIdUsed)).await;
+    for command in
+        [&["cluster", "add", "d:1"][..], &["cluster", "move", "2", "e:1"], &["cluster", "remove", "3"]]
+    {
+        assert_fails(&run(&refusing.url, command).await, 1, "this is MemberIdUsed (MemberIdUsed)");
+        let unreachable = [command, &["--timeout", "1s"]].concat();
+        assert_fails(&run(&nobody().await, &unreachable).await, 3, "no controller could be reached");
+    }
+}
+
+#[tokio::test]
+async fn cluster_add_waits_until_the_new_member_votes() {
+    let looks = Arc::new(AtomicUsize::new(0));
+    let controller = Fake::start(move |_, asked| {
+        if asked.line.starts_with("POST") {
+            return json(r#"{"id":4,"role":"learner","updated":true}"#);
+        }
+        let role = if looks.fetch_add(1, Ordering::SeqCst) == 0 { "learner" } else { "follower" };
+        json(&format!(
+            r#"{{"cluster_id":"c","leader":1,"term":2,"cluster_time":1,"checksum":{{"index":1,"value":2}},"lease":null,
+            "members":[{{"id":4,"url":null,"peer_addr":"d:1","role":"{role}","last_log":1,"applied":1,"lag":null}}]}}"#
+        ))
+    })
+    .await;
+    let added = run(&controller.url, &["cluster", "add", "d:1", "--wait"]).await;
+    assert_eq!(stdout(&added), "member 4 votes\n");
+    assert_eq!(controller.lines().iter().filter(|line| line.starts_with("GET")).count(), 2);
+}
+
+#[tokio::test]
+async fn cluster_status_says_what_to_do_about_a_member() {
+    let leader = Fake::start(|_, _| {
+        json(
+            r#"{"cluster_id":"cl-1","leader":1,"term":2,"cluster_time":1000,"checksum":{"index":8,"value":255},
+            "lease":null,"members":[{"id":2,"url":null,"peer_addr":"p:2","identity":"0a","role":"follower",
+            "problem":"lost disk: remove this member, then add the new one",
+            "last_log":null,"applied":null,"lag":null}]}"#,
+        )
+    })
+    .await;
+    let text = run(&leader.url, &["cluster", "status"]).await;
+    let last = stdout(&text).lines().last();
+    assert_eq!(last, Some("member 2: lost disk: remove this member, then add the new one"), "{text:?}");
+}
+
+#[tokio::test]
+async fn accept_checksum_posts_the_decision_and_checks_the_value_first() {
+    let controller = Fake::start(|_, _| json(r#"{"updated":true}"#)).await;
+    let output = run(&controller.url, &["cluster", "accept-checksum", "8", "00000000000000fe"]).await;
+    assert!(stdout(&output).starts_with("checksum 00000000000000fe at index 8 is right"), "{output:?}");
+    assert_eq!(controller.lines(), ["POST /ctrl/cluster/checksum"]);
+    let wrong = run(&controller.url, &["cluster", "accept-checksum", "8", "254?"]).await;
+    assert_eq!(wrong.status.code(), Some(2));
+    assert!(stderr(&wrong).contains("hexadecimal"), "{wrong:?}");
 }
 
 #[tokio::test]

@@ -3,10 +3,11 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a panic is a failed test")]
 
 use axum::Router;
-use axum::routing::get;
+use axum::http::StatusCode;
+use axum::routing::{get, post};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -20,8 +21,8 @@ use tokio::time::{sleep, timeout};
 /// No step of a test takes longer, unless it hangs.
 const STEP_MAX: Duration = Duration::from_secs(30);
 
-/// Not a test of its own: the stand-in that the scripts below run. A controller answers that it and its drones are
-/// ready; a drone does nothing until it is ended.
+/// Not a test of its own: the stand-in that the scripts below run. A controller forms a cluster once, writing down what it
+/// was asked, and answers that it and its drones are ready; a drone does nothing until it is ended.
 #[tokio::test]
 #[ignore = "run by the other tests, as a child process"]
 async fn stand_in() {
@@ -42,7 +43,18 @@ async fn stand_in() {
     let drones = r#"{"drones":[{"id":1,"name":"dr-a","cluster":"CLUSTER","pool":"","ready":true,
         "draining":false,"backend_count":0,"version":"0"}]}"#
         .replace("CLUSTER", &flag("--default-cluster").unwrap());
+    let formed = Path::new(&flag("--data-dir").unwrap()).join("formed");
+    let init = move |asked: String| async move {
+        if formed.exists() {
+            let refused = r#"{"id":"e","kind":"AlreadyInitialised","message":"it is a member already"}"#;
+            return (StatusCode::CONFLICT, refused);
+        }
+        std::fs::create_dir_all(formed.parent().unwrap()).unwrap();
+        std::fs::write(&formed, asked).unwrap();
+        (StatusCode::OK, r#"{"cluster_id":"c","members":[]}"#)
+    };
     let app = Router::new()
+        .route("/ctrl/cluster/init", post(init))
         .route("/ctrl/ready", get(|| async { "{}" }))
         .route("/ctrl/drones", get(move || async move { drones }));
     let listener = tokio::net::TcpListener::bind(listen).await.unwrap();
@@ -210,8 +222,35 @@ async fn it_runs_until_it_is_asked_to_end_and_leaves_nothing_running() {
     assert!(log.contains("asked to end, controllers there: true"), "{log}");
     assert_eq!(
         entries(&data),
-        ["controller-1.log", "controller-2.log", "controller-3.log", "drone-1", "drone-1.log"]
+        [
+            "controller-1",
+            "controller-1.log",
+            "controller-2.log",
+            "controller-3.log",
+            "drone-1",
+            "drone-1.log"
+        ]
     );
+}
+
+#[tokio::test]
+async fn the_first_controller_forms_the_cluster_once() {
+    let house = House::new(None);
+    let data = house.data();
+    let args = ["--controllers", "2", "--drones", "0", "--data-dir", data.to_str().unwrap()];
+    let lease = ["--lease", "renew=1s,soft=2s,hard=3s,expiry=5s"];
+    let mut asked = String::new();
+    // The second time the directories are those of a cluster already.
+    for args in [[&args[..], &lease].concat(), args.to_vec()] {
+        let mut dev = house.start(&args).await;
+        asked = std::fs::read_to_string(data.join("controller-1/formed")).unwrap();
+        dev.signal(Signal::SIGTERM);
+        assert_eq!(dev.code().await, Some(0));
+    }
+    let asked: Value = serde_json::from_str(&asked).unwrap();
+    let members: Vec<_> = (101..=102).map(|n| format!("127.0.0.1:{}", house.base_port + n)).collect();
+    assert_eq!((&asked["members"], &asked["lease"]["expiry_ms"]), (&json!(members), &json!(5_000)));
+    assert!(!data.join("controller-2/formed").exists(), "only one is asked");
 }
 
 #[tokio::test]

@@ -9,9 +9,9 @@ use crate::transport::{Body, Call, Reply, Transport, random_idempotency_key, wit
 use bytes::Bytes;
 use futures::Stream;
 use holdfast_wire::http::{
-    AddMember, BackendInfo, BackendPage, BackendStatusMessage, ClusterInfo, ClusterState, ConnectRequest,
-    ConnectResponse, DrainRequest, DrainResult, DroneInfo, DronePage, KeyInfo, KeyName, KeyPage,
-    MemberChangeResult, RevokeRequest, StatusResponse, TransferLeader,
+    BackendInfo, BackendPage, BackendStatusMessage, Checksum, ClusterInfo, ClusterState, ConnectRequest,
+    ConnectResponse, DrainRequest, DrainResult, DroneInfo, DronePage, InitCluster, InitResult, KeyInfo,
+    KeyName, KeyPage, MemberChangeResult, RevokeRequest, SetMember, StatusResponse, TransferLeader,
 };
 use holdfast_wire::limits::WAIT_MS_DEFAULT;
 use holdfast_wire::{BackendStatus, TerminationKind};
@@ -255,15 +255,29 @@ impl Client {
     }
 
     /// Adds a member, or changes a member's address. Asking twice does nothing the second time.
-    pub async fn set_member(&self, member: &AddMember) -> Result<MemberChangeResult, ClientError> {
+    pub async fn set_member(&self, member: &SetMember) -> Result<MemberChangeResult, ClientError> {
         self.run(&self.post(["ctrl", "cluster", "members"], member)?).await?.json()
     }
 
-    /// Removes a member for ever. Asking twice does nothing the second time.
+    /// Asks the waiting controller at `url` to form a cluster. One attempt; asking the same controller again is safe.
+    pub async fn init_at(&self, url: &str, init: &InitCluster) -> Result<InitResult, ClientError> {
+        let call = self.post(["ctrl", "cluster", "init"], init)?;
+        self.transport.once(&call, &normal_url(url)?).await?.json()
+    }
+
+    /// Removes a member forever. Asking twice does nothing the second time.
     pub async fn remove_member(&self, id: u64) -> Result<MemberChangeResult, ClientError> {
         let mut call = self.post_without_body(["ctrl", "cluster", "members", &id.to_string()]);
         call.method = Method::DELETE;
         self.run(&call).await?.json()
+    }
+
+    /// Decides which of several checksums is right. Tells whether anything changed; asking twice does nothing the second
+    /// time.
+    pub async fn accept_checksum(&self, checksum: &Checksum) -> Result<bool, ClientError> {
+        let done: DrainResult =
+            self.run(&self.post(["ctrl", "cluster", "checksum"], checksum)?).await?.json()?;
+        Ok(done.updated)
     }
 
     /// Makes the leader at `url` hand over, to `to` or to whoever is best. Tells whether it did. One attempt.

@@ -1,7 +1,6 @@
 //! What a request brings: path, query, headers and body, each refused with an [`ApiError`](holdfast_wire::ApiError) that names what is wrong.
 
 use super::error::Failure;
-use crate::app::App;
 use axum::body::{Body, HttpBody};
 use axum::extract::rejection::PathRejection;
 use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
@@ -135,10 +134,10 @@ pub struct Write {
     pub idempotency: Option<Idempotency>,
 }
 
-impl FromRequest<App> for Write {
+impl<S: Send + Sync> FromRequest<S> for Write {
     type Rejection = Failure;
 
-    async fn from_request(request: Request, _: &App) -> Result<Self, Failure> {
+    async fn from_request(request: Request, _: &S) -> Result<Self, Failure> {
         let (parts, body) = request.into_parts();
         let key = idempotency_key(&parts.headers)?;
         // With `Expect` the caller waits for our word before it sends a body.

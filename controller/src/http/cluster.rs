@@ -5,15 +5,23 @@ use super::error::Failure;
 use crate::app::App;
 use axum::Json;
 use axum::extract::State;
+use holdfast_core::checksums::show_value;
 use holdfast_wire::ApiErrorKind;
 use holdfast_wire::drone::VersionInfo;
-use holdfast_wire::http::{Checksum, ClusterInfo, DrainResult, MemberInfo, StatusResponse, TransferLeader};
-use raft_store::{LeaderInfo, MemberStatus, ReplicaStatus};
+use holdfast_wire::http::{
+    Checksum, ChecksumAgreement, ClusterInfo, DrainResult, MemberChecksum, MemberInfo, StatusResponse,
+    TransferLeader,
+};
+use raft_store::{ChecksumStatus, LeaderInfo, MemberStatus, ReplicaStatus};
 use serde_json::{Value, json};
 use std::time::Duration;
 
 /// How long a leader waits for its successor.
 const TRANSFER_DEADLINE: Duration = Duration::from_secs(5);
+
+/// How long an operator's decision may take. It waits for a leader that has the right state, a change of the membership and
+/// an entry.
+const ACCEPT_DEADLINE: Duration = Duration::from_secs(15);
 
 /// GET `/pub/health`: 200 while the process lives.
 pub async fn health() -> Json<Value> {
@@ -43,6 +51,8 @@ fn member(member: MemberStatus, status: &ReplicaStatus) -> MemberInfo {
         id: member.id,
         url: member.url,
         peer_addr: member.peer_addr,
+        identity: member.identity.to_string(),
+        problem: member.problem,
         role: role.to_owned(),
         last_log,
         applied: itself.then_some(status.applied),
@@ -66,9 +76,36 @@ pub async fn cluster(State(app): State<App>, query: QueryArgs) -> Result<Json<Cl
         term,
         cluster_time: point.now_ms,
         members: status.members.iter().map(|m| member(m.clone(), &status)).collect(),
-        checksum: Checksum { index, value },
+        checksum: Checksum::new(index, value),
+        checksum_agreement: agreement(status.checksums),
         lease: cluster.map(|cluster| cluster.lease),
     }))
+}
+
+fn agreement(of: ChecksumStatus) -> ChecksumAgreement {
+    let values = of.values.into_iter();
+    ChecksumAgreement {
+        state: of.state.name().to_owned(),
+        index: of.index,
+        values: values.map(|(member, value)| MemberChecksum { member, value: show_value(value) }).collect(),
+        differing: of.differing,
+    }
+}
+
+/// POST `/ctrl/cluster/checksum`: the operator's choice where the replicas' checksums differ and no majority agrees.
+pub async fn accept_checksum(State(app): State<App>, write: Write) -> Result<Json<DrainResult>, Failure> {
+    let checksum: Checksum = write.json()?;
+    let value = checksum.number()?;
+    let done = app.store.accept_checksum(checksum.index, value, ACCEPT_DEADLINE).await;
+    let outcome = done.as_ref().map_or_else(ToString::to_string, |updated| format!("updated: {updated}"));
+    tracing::info!(
+        target: "holdfast::audit",
+        index = checksum.index,
+        value = %show_value(value),
+        %outcome,
+        "asked to accept a checksum"
+    );
+    Ok(Json(DrainResult { updated: done?, remaining: None }))
 }
 
 /// POST `/ctrl/cluster/transfer-leader`, body `{to?: id}`: another member takes over from this one, which must lead.
@@ -113,6 +150,7 @@ fn not_the_leader(status: &ReplicaStatus) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use raft_store::DiskIdentity;
 
     fn replica(leader: Option<u64>) -> ReplicaStatus {
         ReplicaStatus {
@@ -124,11 +162,20 @@ mod tests {
             applied: 99,
             snapshot: 0,
             members: Vec::new(),
+            checksums: ChecksumStatus::default(),
         }
     }
 
     fn other(voter: bool, last_log: Option<u64>) -> MemberStatus {
-        MemberStatus { id: 2, peer_addr: "a:1".into(), url: None, voter, last_log }
+        MemberStatus {
+            id: 2,
+            peer_addr: "a:1".into(),
+            identity: DiskIdentity::default(),
+            problem: None,
+            url: None,
+            voter,
+            last_log,
+        }
     }
 
     #[test]

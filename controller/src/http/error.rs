@@ -12,6 +12,9 @@ use raft_store::{ProposeError, ReadError};
 /// When to try again after `NoLeader` and `Overloaded`, in seconds.
 const RETRY_AFTER_S: HeaderValue = HeaderValue::from_static("1");
 
+/// When to try again to acquire a key while the replicas' checksums differ, in seconds.
+const CHECKSUMS_RETRY_AFTER_S: u64 = 10;
+
 /// A refused request. Its answer is an [`ApiError`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{kind:?}: {message}")]
@@ -123,6 +126,12 @@ impl From<Refusal> for Failure {
             Refusal::Full(_) => ApiErrorKind::Overloaded,
             Refusal::Lease(_) => ApiErrorKind::InvalidRequest,
             Refusal::NameTaken => ApiErrorKind::Other,
+            // Certainly not done, and it stays so until an operator decides.
+            Refusal::ChecksumsDiffer { .. } => {
+                let retry_after_s = Some(CHECKSUMS_RETRY_AFTER_S);
+                return Self { retry_after_s, ..Self::new(ApiErrorKind::NoLeader, refusal.to_string()) };
+            }
+            Refusal::Checksum(_) => ApiErrorKind::ChangeUnsafe,
             // Certainly not done, and nothing that another request would change: as long as without a leader.
             Refusal::Restored { wait_ms } => {
                 let retry_after_s = Some(wait_ms.div_ceil(1000));
@@ -170,6 +179,8 @@ mod tests {
             (Refusal::NotExpired, ApiErrorKind::KeyNotExpired, 409),
             (Refusal::IdempotencyMismatch, ApiErrorKind::InvalidRequest, 400),
             (Refusal::Full("x".into()), ApiErrorKind::Overloaded, 503),
+            (Refusal::ChecksumsDiffer { index: 64 }, ApiErrorKind::NoLeader, 503),
+            (Refusal::Checksum("x".into()), ApiErrorKind::ChangeUnsafe, 409),
         ] {
             let failure = Failure::from(refusal);
             assert_eq!((failure.kind, failure.status().as_u16()), (kind, status));

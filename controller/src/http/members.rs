@@ -7,25 +7,32 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use holdfast_wire::ApiErrorKind;
-use holdfast_wire::http::{AddMember, MemberChangeResult};
-use raft_store::{MemberChange, MemberChanged, MemberError, MemberRole};
+use holdfast_wire::http::{MemberChangeResult, SetMember};
+use raft_store::{InitError, MemberChange, MemberChanged, MemberError, MemberRole};
 use std::time::Duration;
 
 /// How long a change may take. It waits for a leader, for the last change to be applied and for two entries.
 const CHANGE_DEADLINE: Duration = Duration::from_secs(10);
 
-/// POST `/ctrl/cluster/members`: adds a member as a learner, which becomes a voter when it has caught up; or changes a
-/// member's address.
-pub async fn set(State(app): State<App>, write: Write) -> Result<Json<MemberChangeResult>, Failure> {
-    let AddMember { id, peer_addr, joining, protocol } = write.json()?;
-    if id == 0 {
-        return Err(Failure::invalid("id", "must be positive"));
+/// POST `/ctrl/cluster/init` at a member: its cluster is there already.
+pub async fn init(State(app): State<App>, write: Write) -> Failure {
+    match write.ignored_body() {
+        Ok(()) => app.store.refuse_init().into(),
+        Err(failure) => failure,
     }
-    let change = MemberChange::Set { id, peer_addr, joining, protocol };
-    Ok(Json(result(id, app.store.change_members(change, CHANGE_DEADLINE).await?)))
 }
 
-/// DELETE `/ctrl/cluster/members/{id}`: removes a member for ever.
+/// POST `/ctrl/cluster/members`: adds the process that waits at an address as a learner, which becomes a voter when it has
+/// caught up; or changes a member's address.
+pub async fn set(State(app): State<App>, write: Write) -> Result<Json<MemberChangeResult>, Failure> {
+    let change = match write.json()? {
+        SetMember { id: None, peer_addr } => MemberChange::Add { peer_addr },
+        SetMember { id: Some(id), peer_addr } => MemberChange::Move { id, peer_addr },
+    };
+    Ok(Json(result(app.store.change_members(change, CHANGE_DEADLINE).await?)))
+}
+
+/// DELETE `/ctrl/cluster/members/{id}`: removes a member forever.
 pub async fn remove(
     State(app): State<App>,
     PathArgs(id): PathArgs<u64>,
@@ -33,16 +40,16 @@ pub async fn remove(
 ) -> Result<Json<MemberChangeResult>, Failure> {
     write.ignored_body()?;
     let change = MemberChange::Remove { id };
-    Ok(Json(result(id, app.store.change_members(change, CHANGE_DEADLINE).await?)))
+    Ok(Json(result(app.store.change_members(change, CHANGE_DEADLINE).await?)))
 }
 
-fn result(id: u64, changed: MemberChanged) -> MemberChangeResult {
+fn result(changed: MemberChanged) -> MemberChangeResult {
     let role = match changed.role {
         MemberRole::Learner => "learner",
         MemberRole::Voter => "voter",
         MemberRole::Removed => "removed",
     };
-    MemberChangeResult { id, role: role.to_owned(), updated: changed.changed }
+    MemberChangeResult { id: changed.id, role: role.to_owned(), updated: changed.changed }
 }
 
 impl From<MemberError> for Failure {
@@ -50,7 +57,9 @@ impl From<MemberError> for Failure {
         let kind = match &error {
             MemberError::NotLeader | MemberError::Stopped(_) => ApiErrorKind::NoLeader,
             MemberError::OutcomeUnknown(_) => ApiErrorKind::OutcomeUnknown,
-            MemberError::IdUsed(_) | MemberError::LostDisk(_) => ApiErrorKind::MemberIdUsed,
+            MemberError::IdUsed(_) | MemberError::LostDisk(_) | MemberError::Named { .. } => {
+                ApiErrorKind::MemberIdUsed
+            }
             MemberError::Invalid { .. } => ApiErrorKind::InvalidRequest,
             MemberError::NoSuchMember(_) => ApiErrorKind::NotFound,
             MemberError::Busy(_) => ApiErrorKind::ChangeInProgress,
@@ -58,6 +67,19 @@ impl From<MemberError> for Failure {
         };
         let status = Some(kind.http_status()).and_then(|status| StatusCode::from_u16(status).ok());
         Self { kind, status, message: error.to_string(), retry_after_s: None }
+    }
+}
+
+impl From<InitError> for Failure {
+    fn from(error: InitError) -> Self {
+        let kind = match &error {
+            InitError::Invalid { .. } => ApiErrorKind::InvalidRequest,
+            InitError::NoAnswer { .. } | InitError::Bound { .. } => ApiErrorKind::ChangeUnsafe,
+            InitError::Busy => ApiErrorKind::ChangeInProgress,
+            InitError::AlreadyInitialised { .. } => ApiErrorKind::AlreadyInitialised,
+            InitError::Storage(_) => ApiErrorKind::Other,
+        };
+        Self::new(kind, error.to_string())
     }
 }
 
@@ -75,6 +97,7 @@ mod tests {
             (MemberError::OutcomeUnknown(text()), 504),
             (MemberError::IdUsed(4), 409),
             (MemberError::LostDisk(4), 409),
+            (MemberError::Named { peer_addr: text(), member: 4, cluster_id: text() }, 409),
             (MemberError::Invalid { field: "id".into(), problem: text() }, 400),
             (MemberError::NoSuchMember(4), 404),
             (MemberError::Busy(text()), 409),

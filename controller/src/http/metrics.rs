@@ -5,7 +5,7 @@ use crate::session::drift::Drifts;
 use axum::extract::State;
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
-use raft_store::{BUCKETS_US, DiskTimes, StoreMetrics};
+use raft_store::{BUCKETS_US, ChecksumState, DiskTimes, MemberStatus, StoreMetrics};
 use std::fmt::{Display, Write};
 
 /// The format's name and version.
@@ -99,6 +99,17 @@ pub fn store(text: &mut Text, of: &StoreMetrics) {
         &[("reason", &unfit)],
         flag(of.unfit.is_some()),
     );
+    let name = "holdfast_checksum_agreement";
+    text.head(name, "gauge", "How the replicas' checksums compare here: 1 for the state that holds.");
+    for state in ChecksumState::ALL {
+        text.sample(name, &[("state", state.name())], flag(of.checksums.state == state));
+    }
+    text.gauge("holdfast_checksum_compared_index", "Log index at which that was found.", of.checksums.index);
+    text.gauge(
+        "holdfast_checksum_differing_members",
+        "Other members whose checksum differs from that of the majority.",
+        of.checksums.differing.len(),
+    );
     if let Some(free) = of.disk_free_bytes {
         text.gauge("holdfast_disk_free_bytes", "Free bytes of the data directory's file system.", free);
     }
@@ -120,6 +131,17 @@ pub fn store(text: &mut Text, of: &StoreMetrics) {
         "Commits of applied entries to the state, not synced.",
         &of.state_commits,
     );
+}
+
+/// What keeps this replica from talking to its peers. One sample for each member with a problem; members are few.
+fn peers(text: &mut Text, members: &[MemberStatus]) {
+    let name = "holdfast_member_problem";
+    text.head(name, "gauge", "What keeps this replica from talking to a member, and what to do.");
+    for member in members {
+        if let Some(problem) = &member.problem {
+            text.sample(name, &[("member", &member.id.to_string()), ("reason", problem)], 1);
+        }
+    }
 }
 
 /// The drones' clocks.
@@ -145,6 +167,7 @@ pub fn clocks(text: &mut Text, of: &Drifts) {
 pub async fn metrics(State(app): State<App>) -> Text {
     let mut text = Text::default();
     store(&mut text, &app.store.metrics());
+    peers(&mut text, &app.store.status().members);
     clocks(&mut text, &app.drifts);
     text
 }

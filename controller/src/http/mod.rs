@@ -10,7 +10,7 @@ mod connect;
 mod drones;
 pub mod error;
 mod keys;
-mod members;
+pub mod members;
 pub mod metrics;
 pub mod ready;
 mod snapshot;
@@ -38,8 +38,10 @@ pub fn router(app: App) -> Router {
         .route("/ctrl/ready", get(ready::ready))
         .route("/metrics", get(metrics::metrics))
         .route("/ctrl/cluster", get(cluster::cluster))
+        .route("/ctrl/cluster/init", post(members::init))
         .route("/ctrl/cluster/members", post(members::set))
         .route("/ctrl/cluster/members/{id}", delete(members::remove))
+        .route("/ctrl/cluster/checksum", post(cluster::accept_checksum))
         .route("/ctrl/cluster/transfer-leader", post(cluster::transfer_leader))
         .route("/ctrl/snapshot", get(snapshot::snapshot))
         .route("/ctrl/connect", post(connect::connect))

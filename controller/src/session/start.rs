@@ -157,7 +157,7 @@ pub async fn start(
     })?;
     let answer = ControllerHandshake {
         version: VersionInfo::current(),
-        name: App::controller_name(app.settings.store.id),
+        name: App::controller_name(app.store.id()),
         cluster_id: formed.as_ref().map(|formed| formed.cluster_id.clone()),
         lease: formed.map(|formed| formed.lease),
     };
@@ -190,7 +190,7 @@ async fn register(
         elsewhere("reading the state failed")
     })?;
     let old = found.map(|(_, drone)| drone);
-    let take_over = match earlier(old.as_ref(), &incarnation, app.settings.store.id) {
+    let take_over = match earlier(old.as_ref(), &incarnation, app.store.id()) {
         // Of a new name nobody is known to be dead.
         Earlier::Own => old.is_some(),
         Earlier::Elsewhere => false,
@@ -205,7 +205,7 @@ async fn register(
         pool,
         incarnation,
         session: session.to_owned(),
-        controller: app.settings.store.id,
+        controller: app.store.id(),
         take_over,
         version: handshake.version.version,
         git_hash: frames::truncated(&handshake.version.git_hash, HANDSHAKE_TEXT_BYTES_MAX).to_owned(),

@@ -5,10 +5,9 @@ use futures::{SinkExt, StreamExt};
 use holdfast_controller::config::Settings;
 use holdfast_controller::serve::serve_on;
 use holdfast_wire::LeaseConfig;
-use raft_store::{Store, StoreConfig};
+use raft_store::{InitRequest, Opened, Store, StoreConfig, Waiting};
 use reqwest::{Method, Response, StatusCode};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -73,14 +72,22 @@ impl Server {
     }
 
     async fn start_cluster_with_lease(count: u64, lease: &str) -> Vec<Self> {
-        // Free when looked at, and nobody else is likely to take them.
+        // Free when looked at, and no one else is likely to take them.
         let held: Vec<_> = (1..=count).map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap()).collect();
-        let members: BTreeMap<u64, String> =
-            (1..=count).zip(&held).map(|(id, held)| (id, held.local_addr().unwrap().to_string())).collect();
+        let members: Vec<_> = held.iter().map(|held| held.local_addr().unwrap()).collect();
         drop(held);
+        let lease: LeaseConfig = lease.parse().unwrap();
+        let mut waiting = Vec::new();
+        for peer in &members {
+            waiting.push(Prepared::open(*peer).await);
+        }
+        let init = InitRequest { members: members.iter().map(SocketAddr::to_string).collect(), lease };
+        if let Some(first) = waiting.first() {
+            first.waiting.init(&init).await.unwrap();
+        }
         let mut servers = Vec::new();
-        for id in 1..=count {
-            servers.push(Self::start_member(id, &members, lease.parse().unwrap()).await);
+        for waiting in waiting {
+            servers.push(waiting.start(lease).await);
         }
         for server in &servers {
             let end = tokio::time::Instant::now() + PATIENCE;
@@ -89,47 +96,6 @@ impl Server {
             }
         }
         servers
-    }
-
-    async fn start_member(id: u64, members: &BTreeMap<u64, String>, lease: LeaseConfig) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let addr = listener.local_addr().unwrap();
-        let url = format!("http://{addr}");
-        let config = StoreConfig {
-            id,
-            data_dir: dir.path().to_owned(),
-            peer_listen: members[&id].parse().unwrap(),
-            advertise_url: url.clone(),
-            initial_cluster: members.clone(),
-            lease: Some(lease),
-            terminated_keep_ms: 60_000,
-            election_timeout_ms: 300,
-            snapshot_every: 10_000,
-            disk_reserve_bytes: 0,
-        };
-        let settings = Settings {
-            store: config.clone(),
-            listen: addr,
-            advertise_url: url.clone(),
-            join: Vec::new(),
-            advertise_peer: members[&id].clone(),
-            default_cluster: Some(CLUSTER.to_owned()),
-            log: None,
-        };
-        let store = Store::open(config).await.unwrap();
-        let (stop, stopped) = oneshot::channel();
-        let served = tokio::spawn({
-            let store = store.clone();
-            async move {
-                let stop = async {
-                    let _ = stopped.await;
-                };
-                serve_on(listener, store, settings, stop).await.unwrap();
-            }
-        });
-        let running = Arc::new(Mutex::new(Some(Running { stop, served, dir })));
-        Self { url, addr, store, lease, client: reqwest::Client::new(), running }
     }
 
     pub async fn stop(&self) {
@@ -198,6 +164,65 @@ impl Server {
     pub async fn text(&self, path: &str, headers: &[(&str, &str)]) -> String {
         let answer = self.answer("GET", path, headers, None).await;
         tokio::time::timeout(PATIENCE, answer.text()).await.unwrap().unwrap()
+    }
+}
+
+/// A process that waits to be named, and what it will serve with.
+struct Prepared {
+    waiting: Waiting,
+    settings: Settings,
+    listener: TcpListener,
+    dir: tempfile::TempDir,
+}
+
+impl Prepared {
+    async fn open(peer: SocketAddr) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let url = format!("http://{addr}");
+        let config = StoreConfig {
+            data_dir: dir.path().to_owned(),
+            peer_listen: peer,
+            advertise_url: url.clone(),
+            terminated_keep_ms: 60_000,
+            election_timeout_ms: 300,
+            snapshot_every: 10_000,
+            disk_reserve_bytes: 0,
+        };
+        let settings = Settings {
+            store: config.clone(),
+            listen: addr,
+            advertise_url: url,
+            join: Vec::new(),
+            advertise_peer: peer.to_string(),
+            default_cluster: Some(CLUSTER.to_owned()),
+            log: None,
+        };
+        match Store::open(config).await.unwrap() {
+            Opened::Waiting(waiting) => Self { waiting, settings, listener, dir },
+            Opened::Member(_) => panic!("a new directory is that of no member"),
+        }
+    }
+
+    async fn start(self, lease: LeaseConfig) -> Server {
+        let Self { waiting, settings, listener, dir } = self;
+        tokio::time::timeout(PATIENCE, waiting.named()).await.unwrap();
+        waiting.close().await;
+        let (addr, url) = (settings.listen, settings.advertise_url.clone());
+        let store = Store::open_member(settings.store.clone()).await.unwrap();
+        let (stop, stopped) = oneshot::channel();
+        let served = tokio::spawn({
+            let store = store.clone();
+            async move {
+                let stop = async {
+                    let _ = stopped.await;
+                };
+                serve_on(listener, store, settings, stop).await.unwrap();
+            }
+        });
+        let running = Arc::new(Mutex::new(Some(Running { stop, served, dir })));
+        Server { url, addr, store, lease, client: reqwest::Client::new(), running }
     }
 }
 

@@ -115,6 +115,28 @@ pub enum Command {
     /// Asks a bounded number of backends to end softly whose limits have passed, or whose drone's drain is due. Which ones
     /// is decided when it is applied, as of its own cluster time.
     EndDue,
+    /// The leader sees that voters' checksums differ at one index and that none is held by a majority. From this entry on
+    /// no key is acquired until an operator decides. A second one for the same index adds the values that were missing.
+    ChecksumSplit {
+        /// The log index.
+        index: u64,
+        /// Member id and its checksum there; at most [`crate::limits::CHECKSUM_SPLIT_VALUES_MAX`].
+        values: Vec<(u64, u64)>,
+    },
+    /// The operator's decision: this checksum is right at that index. Ends the split.
+    AcceptChecksum {
+        /// The log index of the split.
+        index: u64,
+        /// One of the values that were seen there.
+        value: u64,
+    },
+}
+
+impl Command {
+    /// Whether it can acquire a key.
+    pub fn acquires(&self) -> bool {
+        matches!(self, Self::Acquire(_))
+    }
 }
 
 /// Part of [`Command::Together`].

@@ -2,7 +2,7 @@
 //!
 //! | table | key | value |
 //! | --- | --- | --- |
-//! | `meta` | `cluster`, `progress`, `restored`, `member_ids` (and, of `raft-store` alone, `applied`, `membership`) | [`crate::records::ClusterRecord`], [`crate::records::ProgressRecord`], [`crate::records::RestoredRecord`], [`crate::records::MemberIdsRecord`] |
+//! | `meta` | `cluster`, `progress`, `restored`, `member_ids`, `checksums` (and, of `raft-store` alone, `applied`, `membership`) | [`crate::records::ClusterRecord`], [`crate::records::ProgressRecord`], [`crate::records::RestoredRecord`], [`crate::records::MemberIdsRecord`], [`crate::records::ChecksumsRecord`] |
 //! | `keys` | `{namespace}\0{name}` | [`crate::records::KeyRecord`] |
 //! | `key_expiry` | `{expires_at_ms: u64 BE}{namespace}\0{name}` | token, u64 BE |
 //! | `backends` | `{backend id}` | [`crate::records::BackendRecord`] |
@@ -20,7 +20,7 @@
 //! [`crate::codec`] records: a version byte, then bincode.
 
 use crate::codec::{decode, encode};
-use crate::records::{ClusterRecord, ProgressRecord};
+use crate::records::{ChecksumsRecord, ClusterRecord, ProgressRecord};
 use std::collections::BTreeMap;
 
 /// A column family.
@@ -134,6 +134,7 @@ pub type Writes = BTreeMap<(Table, Vec<u8>), Option<Vec<u8>>>;
 pub struct Head {
     pub(crate) cluster: Option<ClusterRecord>,
     pub(crate) progress: ProgressRecord,
+    pub(crate) checksums: ChecksumsRecord,
 }
 
 /// Reads through to a base, and keeps its own writes on top until somebody commits them.
@@ -142,7 +143,8 @@ pub struct Txn<'a, R: ReadState + ?Sized> {
     writes: Writes,
     /// Writes since [`Txn::begin_entry`], for the checksum.
     entry_writes: Writes,
-    /// Stands for `meta/progress` once an entry was applied. `meta/cluster` is written as well when it changes.
+    /// Stands for `meta/progress` once an entry was applied. `meta/cluster` and `meta/checksums` are written as well when
+    /// they change.
     head: Option<Head>,
 }
 
@@ -192,7 +194,8 @@ impl<'a, R: ReadState + ?Sized> Txn<'a, R> {
         let read = |key| self.get(Table::Meta, key);
         let cluster = read(keys::CLUSTER)?.map(|bytes| decode(&bytes)).transpose()?;
         let progress = read(keys::PROGRESS)?.map(|bytes| decode(&bytes)).transpose()?.unwrap_or_default();
-        Ok(Head { cluster, progress })
+        let checksums = read(keys::CHECKSUMS)?.map(|bytes| decode(&bytes)).transpose()?.unwrap_or_default();
+        Ok(Head { cluster, progress, checksums })
     }
 
     /// See [`Self::take_head`].
@@ -327,6 +330,9 @@ pub mod keys {
     pub const RESTORED: &[u8] = b"restored";
     /// `meta/member_ids`.
     pub const MEMBER_IDS: &[u8] = b"member_ids";
+
+    /// `meta/checksums`.
+    pub const CHECKSUMS: &[u8] = b"checksums";
 
     /// `{a}\0{b}`, for `keys` (namespace, name) and `drone_names` (cluster, name).
     pub fn pair(a: &str, b: &str) -> Vec<u8> {

@@ -23,6 +23,7 @@
 //! 8. *Unknown is said*: an idempotency record is written in the same step as what it records.
 
 pub mod apply;
+pub mod checksums;
 pub mod clock;
 pub mod codec;
 pub mod command;

@@ -52,10 +52,25 @@ pub const CANDIDATES_MAX: usize = 2;
 pub const DRONE_ID_MAX: i32 = i32::MAX;
 /// Most backends listed as pending actions that one read returns to a drone session.
 pub const ACTIONS_PER_READ_MAX: usize = 256;
-/// The checksum is published at every multiple of this log index.
-pub const CHECKSUM_EVERY: u64 = 64;
-/// How many published checksums are kept, so that replicas at different positions can be compared.
-pub const CHECKSUMS_KEPT: usize = 64;
+/// The checksum is published at every multiple of this log index. The spacing is small, so that a cluster with few
+/// entries compares soon: an idle leader proposes ticks up to the next multiple, which are fifteen at most. It depends on
+/// the index alone. Were it a matter of cluster time, a replica with a wrong clock record would publish at indexes of its
+/// own and never be found out.
+pub const CHECKSUM_EVERY: u64 = 16;
+/// Published checksums are kept in levels. Each level keeps the newest [`CHECKSUMS_PER_LEVEL`] multiples of its spacing,
+/// which is [`CHECKSUM_EVERY`] on the first level and grows by this factor from level to level.
+pub const CHECKSUM_LEVEL_FACTOR: u64 = 16;
+/// Number of levels. With four of them the newest 256 entries are covered in steps of 16, and the newest million
+/// (16 · 16³ · 16) in steps of 65,536. So two replicas have common indexes even if one of them is two snapshot intervals
+/// behind, or thousands of entries were applied since its last answer.
+pub const CHECKSUM_LEVELS: u32 = 4;
+/// Published checksums that one level keeps.
+pub const CHECKSUMS_PER_LEVEL: u64 = 16;
+/// Most published checksums that are kept: those of all levels, those at the index of a recorded split and at the index
+/// of the operator's last decision.
+pub const CHECKSUMS_KEPT: usize = CHECKSUM_LEVELS as usize * CHECKSUMS_PER_LEVEL as usize + 2;
+/// Most values that the record of a split names, one for each member.
+pub const CHECKSUM_SPLIT_VALUES_MAX: usize = 32;
 /// Most runs of successive member ids that were ever used; past it a leader takes only an id next to a used one.
 pub const MEMBER_ID_RANGES_MAX: usize = 1000;
 /// Tokens stay below 2^53, so that JSON readers that use doubles keep them exact.

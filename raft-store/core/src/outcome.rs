@@ -120,6 +120,18 @@ pub enum Refusal {
         /// How long until keys can be acquired, in milliseconds.
         wait_ms: u64,
     },
+    /// The replicas' states differ, and it is not known which is right.
+    #[error(
+        "the controllers' checksums differ at log index {index} and no majority agrees, so no key is acquired until an \
+         operator decides: see \"holdfast cluster status\", then run \"holdfast cluster accept-checksum\""
+    )]
+    ChecksumsDiffer {
+        /// A log index at which they differ.
+        index: u64,
+    },
+    /// [`crate::command::Command::AcceptChecksum`] names something else than what is to be decided.
+    #[error("{0}")]
+    Checksum(String),
 }
 
 /// What became of one renewal.

@@ -37,6 +37,43 @@ pub struct ProgressRecord {
     pub last_drone_id: i32,
 }
 
+/// `meta/checksums`: what is known of replicas whose checksums differ (invariant 6). Absent until that happens.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
+pub struct ChecksumsRecord {
+    /// While it is set, no key is acquired.
+    pub split: Option<ChecksumSplit>,
+    /// The operator's last decision.
+    pub accepted: Option<AcceptedChecksum>,
+}
+
+impl ChecksumsRecord {
+    /// Whether the checksum published at that index is still needed.
+    pub fn names(&self, index: u64) -> bool {
+        self.split.as_ref().is_some_and(|split| split.index == index)
+            || self.accepted.is_some_and(|accepted| accepted.index == index)
+    }
+}
+
+/// Voters' checksums differ at one index, and none is held by a majority.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct ChecksumSplit {
+    /// The log index.
+    pub index: u64,
+    /// Member id and its checksum there, in the order of ids; at most [`crate::limits::CHECKSUM_SPLIT_VALUES_MAX`].
+    pub values: Vec<(u64, u64)>,
+}
+
+/// Which of the checksums an operator chose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct AcceptedChecksum {
+    /// The log index.
+    pub index: u64,
+    /// The checksum that is right there.
+    pub value: u64,
+    /// When it was accepted, cluster time in milliseconds.
+    pub at_ms: u64,
+}
+
 /// `meta/member_ids`: every member id that a membership entry ever named, those of removed members too. An id stands for
 /// one log for ever, so none is given out twice; who is in here and not in the membership was removed.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
@@ -65,6 +102,11 @@ impl MemberIdsRecord {
             }
             touches
         });
+    }
+
+    /// The largest id that was ever used; 0 if none was.
+    pub fn largest(&self) -> u64 {
+        self.ranges.last().map_or(0, |(_, last)| *last)
     }
 
     /// How many ranges there are; at most [`crate::limits::MEMBER_ID_RANGES_MAX`], which the leader keeps.
@@ -288,9 +330,6 @@ pub struct RestoredRecord {
     pub from_cluster_id: String,
     /// Log index of the backup.
     pub from_index: u64,
-    /// What the new cluster's id begins with: the same on all members that were restored from one backup with the same
-    /// arguments, and on no others.
-    pub id_prefix: String,
     /// Lease durations of the backup.
     pub lease: LeaseConfig,
     /// How long terminated backends are kept, in milliseconds of cluster time.

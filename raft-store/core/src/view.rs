@@ -4,8 +4,8 @@ use crate::codec::{decode, decode_first};
 use crate::kv::{ReadState, StateError, Table, keys};
 use crate::outcome::Holder;
 use crate::records::{
-    ActionRecord, BackendHead, BackendRecord, ClusterRecord, DroneRecord, HeartbeatRecord, IdempotencyRecord,
-    KeyRecord, MemberIdsRecord, ProgressRecord, RestoredRecord,
+    ActionRecord, BackendHead, BackendRecord, ChecksumsRecord, ClusterRecord, DroneRecord, HeartbeatRecord,
+    IdempotencyRecord, KeyRecord, MemberIdsRecord, ProgressRecord, RestoredRecord,
 };
 use bincode::Decode;
 use holdfast_wire::KeyConfig;
@@ -63,6 +63,11 @@ impl<R: ReadState> View<R> {
     pub fn quarantine_left_ms(&self, now_ms: u64) -> Result<Option<u64>, StateError> {
         let from_ms = self.restored()?.and_then(|restored| restored.acquisitions_from_ms).unwrap_or(0);
         Ok(from_ms.checked_sub(now_ms).filter(|left_ms| *left_ms > 0))
+    }
+
+    /// What is known of replicas whose checksums differ.
+    pub fn checksums(&self) -> Result<ChecksumsRecord, StateError> {
+        Ok(read(&self.0, Table::Meta, keys::CHECKSUMS)?.unwrap_or_default())
     }
 
     /// Every member id that was ever used.

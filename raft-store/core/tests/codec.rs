@@ -15,8 +15,9 @@ use holdfast_core::command::{
 };
 use holdfast_core::outcome::{Holder, Outcome, Refusal, RenewOutcome, ReportOutcome};
 use holdfast_core::records::{
-    ActionRecord, ActivityRecord, BackendRecord, ClusterRecord, DroneRecord, HeartbeatRecord,
-    IdempotencyRecord, KeyRecord, MemberIdsRecord, PendingAction, ProgressRecord, RestoredRecord,
+    AcceptedChecksum, ActionRecord, ActivityRecord, BackendRecord, ChecksumSplit, ChecksumsRecord,
+    ClusterRecord, DroneRecord, HeartbeatRecord, IdempotencyRecord, KeyRecord, MemberIdsRecord,
+    PendingAction, ProgressRecord, RestoredRecord,
 };
 use holdfast_wire::{BackendState, BackendStatus, KeyConfig, TerminationKind, TerminationReason};
 use proptest::prelude::*;
@@ -109,6 +110,11 @@ fn proposals() -> Vec<(&'static str, Proposal)> {
                 FromDrone::Leaving { drone_id: 3, session: text("s1") },
             ])),
         ),
+        (
+            "checksum_split",
+            plain(Command::ChecksumSplit { index: 1 << 40, values: vec![(1, 7), (300, u64::MAX)] }),
+        ),
+        ("accept_checksum", plain(Command::AcceptChecksum { index: 1 << 40, value: u64::MAX })),
     ]
 }
 
@@ -150,6 +156,8 @@ fn outcomes() -> Vec<(&'static str, Outcome)> {
         ("full", refused(Refusal::Full(text("x")))),
         ("lease", refused(Refusal::Lease(text("x")))),
         ("restored", refused(Refusal::Restored { wait_ms: 60_000 })),
+        ("checksums_differ", refused(Refusal::ChecksumsDiffer { index: 1 << 40 })),
+        ("checksum", refused(Refusal::Checksum(text("x")))),
         (
             "renewed",
             Outcome::Renewed(vec![
@@ -269,6 +277,11 @@ fn the_bytes_are_those_of_the_fixture_and_nothing_else_decodes() {
         last_drone_id: 4,
     };
     line(&mut out, "record", "progress", &progress);
+    let checksums = ChecksumsRecord {
+        split: Some(ChecksumSplit { index: 1 << 40, values: vec![(1, 7), (300, u64::MAX)] }),
+        accepted: Some(AcceptedChecksum { index: 64, value: 7, at_ms: 1000 }),
+    };
+    line(&mut out, "record", "checksums", &checksums);
     let key = KeyRecord {
         tag: "v2".to_owned(),
         backend_id: "b1".to_owned(),
@@ -321,7 +334,6 @@ fn the_bytes_are_those_of_the_fixture_and_nothing_else_decodes() {
     let restored = RestoredRecord {
         from_cluster_id: "cluster-1".to_owned(),
         from_index: 77,
-        id_prefix: "restored-0123456789abcdef-".to_owned(),
         lease: LEASE,
         terminated_keep_ms: 3_600_000,
         quarantine_ms: 60_000,

@@ -1,12 +1,17 @@
 //! Connecting to a peer, and requests on an rpc connection.
 
-use super::wire::{Hello, HelloReply, Mode, PROTOCOL, Reply, Request};
-use super::{CONNECT_TIMEOUT, Directory, Frames, frames, since_ms};
+use super::wire::{
+    Bind, Hello, Mode, Opening, OpeningReply, PROTOCOL, PROTOCOL_MIN, Refusal, Reply, Request,
+};
+use super::{CONNECT_TIMEOUT, Directory, Frames, Problem, frames, since_ms};
 use crate::boot_clock::boot_ms;
+use crate::membership::naming::{DiskIdentity, Naming};
+use crate::types::Member;
 use bytes::{BufMut, Bytes, BytesMut};
 use futures::{SinkExt, StreamExt};
 use holdfast_core::codec::{decode, encode};
 use std::collections::HashMap;
+use std::future::Future;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -31,52 +36,117 @@ pub enum RpcError {
     NoAnswer(String),
 }
 
-/// Connects to a member, where the membership says it is or else at `addr`, and says hello.
-pub async fn connect(directory: &Directory, target: u64, addr: &str, mode: Mode) -> Result<Frames, String> {
-    let now_at = directory.standing.addr_of(target);
-    dial(directory, target, now_at.as_deref().unwrap_or(addr), mode).await
+/// Connects to a member, where the membership says it is or else as `node` says, and says hello.
+pub async fn connect(
+    directory: &Directory,
+    target: u64,
+    node: &Member,
+    mode: Mode,
+) -> Result<Frames, String> {
+    let recorded = directory.standing.member(target);
+    dial(directory, target, recorded.as_ref().unwrap_or(node), mode).await
 }
 
-/// Connects to exactly that address and says hello.
-pub async fn dial(directory: &Directory, target: u64, addr: &str, mode: Mode) -> Result<Frames, String> {
-    let dial = async {
-        let stream = TcpStream::connect(addr).await.map_err(|e| format!("connecting to {addr}: {e}"))?;
-        let mut frames = frames(stream);
-        let hello = Hello {
-            protocol: PROTOCOL,
-            from: directory.id,
+/// Connects to exactly that address and says hello to that disk.
+pub async fn dial(directory: &Directory, target: u64, node: &Member, mode: Mode) -> Result<Frames, String> {
+    let addr = &node.peer_addr;
+    within_time(addr, async {
+        let me = &directory.me;
+        let hello = Opening::Hello(Hello {
+            protocol_min: PROTOCOL_MIN,
+            protocol_max: PROTOCOL,
+            cluster_id: me.cluster_id.clone(),
+            from: me.id,
+            from_identity: me.disk.identity,
+            starts: me.disk.starts.clone(),
             to: target,
+            to_identity: node.identity,
             url: directory.url.clone(),
-            cluster_id: directory.cluster_id(),
             mode,
-        };
-        frames.send(Bytes::from(encode(&hello))).await.map_err(|e| format!("greeting {addr}: {e}"))?;
-        let reply = frames
-            .next()
-            .await
-            .ok_or_else(|| format!("{addr} closed the connection"))?
-            .map_err(|e| format!("greeting {addr}: {e}"))?;
-        match decode::<HelloReply>(&reply).map_err(|e| format!("{addr}: {e}"))? {
-            HelloReply::Welcome { url, cluster_id } => {
-                let compared = directory.compare_cluster(cluster_id.as_deref());
-                directory.answered(target, compared.as_ref().err().map(String::as_str));
-                compared?;
+        });
+        let (frames, reply) = open(addr, &hello).await?;
+        match reply {
+            OpeningReply::Welcome { identity, starts, url } if identity == node.identity => {
+                if !directory.saw(identity, &starts) {
+                    directory.set_problem(target, Some(Problem::SetBack));
+                    return Err(format!("{addr}: {}", Problem::SetBack));
+                }
+                directory.reached(target);
                 directory.learn(target, &url);
                 Ok(frames)
             }
-            HelloReply::Removed => {
-                directory.standing.dismiss();
-                Err(format!("{addr} says that this member was removed from the cluster"))
+            OpeningReply::Refused(Refusal::Waiting(identity)) => {
+                Err(meets_waiting(directory, target, node, identity).await)
             }
-            HelloReply::Refused(why) => {
-                directory.answered(target, Some(&why));
-                Err(format!("{addr} refused us: {why}"))
+            OpeningReply::Refused(refusal) => {
+                if refusal == Refusal::Removed {
+                    directory.standing.dismiss();
+                }
+                let why = format!("{addr} refused us: {refusal}");
+                directory.set_problem(target, Some(Problem::Refuses(why.clone())));
+                Err(why)
+            }
+            OpeningReply::Welcome { .. } | OpeningReply::Identified { .. } => {
+                Err(format!("{addr} gave an answer that does not belong to a hello"))
             }
         }
-    };
-    tokio::time::timeout(CONNECT_TIMEOUT, dial)
+    })
+    .await
+}
+
+/// What answers at a member's address has no name. If it is the very disk that the *committed* membership records, it is a
+/// new member that has not been named yet, and is named here: an uncommitted entry may still go, and its id to another.
+async fn meets_waiting(directory: &Directory, target: u64, node: &Member, identity: DiskIdentity) -> String {
+    let addr = &node.peer_addr;
+    if identity != node.identity {
+        directory.set_problem(target, Some(Problem::LostDisk));
+        return format!("{addr}: member {target} was on disk {}; {}", node.identity, Problem::LostDisk);
+    }
+    if !directory.standing.leads() {
+        // One that lags may still know the process by an id that was removed since.
+        return format!("{addr} has no name yet: its leader will name it");
+    }
+    if directory.standing.committed_identity(target) != Some(identity) {
+        return format!("{addr} has no name yet: the entry that adds member {target} is not committed");
+    }
+    let naming = Naming { cluster_id: directory.me.cluster_id.clone(), member_id: target, founding: None };
+    match ask(addr, &Opening::Bind(Bind { identity, naming })).await {
+        Ok(_) => format!("{addr} has just been named member {target}"),
+        Err(why) => why,
+    }
+}
+
+/// Asks a process who it is, or names it. The answer is who it is now.
+pub async fn ask(addr: &str, question: &Opening) -> Result<(DiskIdentity, Option<Naming>), String> {
+    within_time(addr, async {
+        match open(addr, question).await? {
+            (_, OpeningReply::Identified { identity, naming }) => Ok((identity, naming)),
+            (_, OpeningReply::Refused(refusal)) => Err(format!("{addr}: {refusal}")),
+            (_, OpeningReply::Welcome { .. }) => {
+                Err(format!("{addr} gave an answer that belongs to a hello"))
+            }
+        }
+    })
+    .await
+}
+
+async fn within_time<T>(addr: &str, work: impl Future<Output = Result<T, String>>) -> Result<T, String> {
+    tokio::time::timeout(CONNECT_TIMEOUT, work)
         .await
         .map_err(|_| format!("{addr} did not answer within {} ms", CONNECT_TIMEOUT.as_millis()))?
+}
+
+async fn open(addr: &str, opening: &Opening) -> Result<(Frames, OpeningReply), String> {
+    let stream = TcpStream::connect(addr).await.map_err(|e| format!("connecting to {addr}: {e}"))?;
+    let mut frames = frames(stream);
+    frames.send(Bytes::from(encode(opening))).await.map_err(|e| format!("greeting {addr}: {e}"))?;
+    let reply = frames
+        .next()
+        .await
+        .ok_or_else(|| format!("{addr} closed the connection"))?
+        .map_err(|e| format!("greeting {addr}: {e}"))?;
+    let reply = decode::<OpeningReply>(&reply).map_err(|e| format!("{addr}: {e}"))?;
+    Ok((frames, reply))
 }
 
 struct Live {
@@ -98,14 +168,14 @@ impl Drop for Live {
 pub struct RpcClient {
     directory: Arc<Directory>,
     target: u64,
-    addr: String,
+    node: Member,
     live: tokio::sync::Mutex<Option<Arc<Live>>>,
 }
 
 impl RpcClient {
     /// A client that connects when it is first used.
-    pub fn new(directory: Arc<Directory>, target: u64, addr: String) -> Self {
-        Self { directory, target, addr, live: tokio::sync::Mutex::new(None) }
+    pub fn new(directory: Arc<Directory>, target: u64, node: Member) -> Self {
+        Self { directory, target, node, live: tokio::sync::Mutex::new(None) }
     }
 
     /// Sends a request and waits for its answer, together at most `timeout`.
@@ -147,7 +217,7 @@ impl RpcClient {
             return Ok(live.clone());
         }
         *slot = None;
-        let frames = connect(&self.directory, self.target, &self.addr, Mode::Rpc).await?;
+        let frames = connect(&self.directory, self.target, &self.node, Mode::Rpc).await?;
         let live = Arc::new(start(frames));
         *slot = Some(live.clone());
         Ok(live)

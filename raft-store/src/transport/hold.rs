@@ -47,6 +47,15 @@ impl Hold {
         before.into_iter().chain(now)
     }
 
+    /// As [`Hold::offer`], for several.
+    pub fn offer_all(&mut self, requests: impl IntoIterator<Item = Request>) -> Vec<Request> {
+        let mut now = Vec::new();
+        for request in requests {
+            now.extend(self.offer(request));
+        }
+        now
+    }
+
     /// Gives what is held, to be sent now.
     pub fn release(&mut self) -> Option<Request> {
         let held = self.held.take();

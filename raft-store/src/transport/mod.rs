@@ -1,6 +1,7 @@
 //! Peer traffic: a binary stream on its own listener.
 //!
-//! Every connection begins with a [`wire::Hello`] that says who connects to whom and for what:
+//! Every connection begins with a [`wire::Hello`] that says who connects to whom and for what ([`hello`] decides whether it
+//! is taken), or with a question to a process that has no name yet ([`crate::membership::waiting`]):
 //!
 //! ```text
 //! rpc       requests with ids, answered in any order: votes, heartbeats, forwarded proposals, read confirmations
@@ -9,25 +10,32 @@
 //! ```
 
 pub mod client;
+mod contradiction;
+pub mod hello;
 mod hold;
+mod learner_gate;
 pub mod network;
 pub mod server;
 pub mod wire;
 
 use crate::boot_clock::boot_ms;
-use crate::members::Standing;
-use crate::rejoin::Rejoin;
-use crate::restore::is_prefix;
+use crate::checksums::Checksums;
+use crate::membership::Standing;
+use crate::membership::naming::{DiskIdentity, Me, Start, Starts};
+use hello::Sender;
 use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, watch};
 use tokio_util::codec::{Framed, LengthDelimitedCodec};
+use wire::Refusal;
 
 /// Longest frame in bytes: an append of the largest batch, with room.
 pub const FRAME_BYTES_MAX: usize = 64 << 20;
+/// Longest first frame of a connection, in bytes: who sends it is not known yet.
+pub const OPENING_BYTES_MAX: usize = 64 << 10;
 /// Time to connect and say hello.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
 /// Bytes of one chunk of a snapshot.
@@ -36,9 +44,6 @@ pub const SNAPSHOT_CHUNK_BYTES: usize = 256 << 10;
 pub const SNAPSHOT_STALL: Duration = Duration::from_secs(20);
 /// AppendEntries under way on one append connection.
 pub const APPENDS_IN_FLIGHT_MAX: usize = 64;
-
-/// How a member begins to say that it belongs to another cluster.
-pub const OTHER_CLUSTER: &str = "this member belongs to cluster";
 
 /// Peers whose URLs are remembered.
 pub const PEERS_KNOWN_MAX: usize = 1024;
@@ -82,102 +87,208 @@ fn keep_alive(stream: &TcpStream) {
     set(libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, 15_000);
 }
 
+/// What keeps this node from talking to a member, until it can.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Problem {
+    /// What answers at the member's address has a new disk.
+    #[error("lost disk: remove this member, then add the new one")]
+    LostDisk,
+    /// A newer process of it was seen.
+    #[error(
+        "its data directory is a copy or was set back: remove this member, empty its directory, then add it"
+    )]
+    SetBack,
+    /// It lacks what it had acknowledged to this leader.
+    #[error(
+        "it lacks entries that it had acknowledged: remove this member, empty its directory, then add it"
+    )]
+    LostAcknowledged,
+    /// Something else answers there, or it refuses us.
+    #[error("{0}")]
+    Refuses(String),
+}
+
 /// What this node tells its peers and learns from them.
 pub struct Directory {
     /// This member.
-    pub id: u64,
+    pub me: Me,
     /// This member's URL.
     pub url: String,
-    /// The cluster's id, once formed here.
-    pub cluster_id: Mutex<Option<String>>,
-    /// Told of formed peers while this member is not formed.
-    pub rejoin: Arc<Rejoin>,
     /// Who belongs to the cluster, and where.
     pub standing: Standing,
+    /// The replicas' checksums.
+    pub checksums: Checksums,
     urls: Mutex<BTreeMap<u64, String>>,
     /// Term and id of the newest leader that sent anything.
     leader: Mutex<Option<(u64, u64)>>,
-    /// Members that say they belong to another cluster, and what they say.
-    foreign: Mutex<BTreeMap<u64, String>>,
+    /// The newest start of each disk that was seen.
+    seen: watch::Sender<BTreeMap<DiskIdentity, Start>>,
+    /// Why the last hello in the name of each id was refused.
+    refused: Mutex<BTreeMap<u64, Refusal>>,
+    problems: Mutex<BTreeMap<u64, Problem>>,
+    /// Of each member that this node appends to: the last term of ours in which it acknowledged anything, and up to where.
+    acknowledged: Mutex<BTreeMap<u64, (u64, u64)>>,
     /// For each peer that appends are sent to: to be told that somebody waits there for the commit index.
     hurries: Mutex<BTreeMap<u64, Arc<Notify>>>,
     changed: watch::Sender<u64>,
 }
 
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Directory {
     /// A directory that knows this member only.
-    pub fn new(id: u64, url: String, rejoin: Arc<Rejoin>) -> Self {
-        let urls = Mutex::new(BTreeMap::from([(id, url.clone())]));
+    pub fn new(me: Me, url: String, standing: Standing) -> Self {
+        let urls = Mutex::new(BTreeMap::from([(me.id, url.clone())]));
         Self {
-            id,
+            me,
             url,
-            cluster_id: Mutex::new(None),
-            rejoin,
-            standing: Standing::default(),
+            standing,
+            checksums: Checksums::default(),
             urls,
             leader: Mutex::default(),
-            foreign: Mutex::default(),
+            seen: watch::Sender::default(),
+            refused: Mutex::default(),
+            problems: Mutex::default(),
+            acknowledged: Mutex::default(),
             hurries: Mutex::default(),
             changed: watch::Sender::new(0),
         }
     }
 
-    /// A peer said which cluster it belongs to. An error refuses the peer.
-    pub fn compare_cluster(&self, theirs: Option<&str>) -> Result<(), String> {
-        match (self.cluster_id(), theirs) {
-            // Restored from one backup, and one of the two has not heard of the forming of the cluster yet.
-            (Some(ours), Some(theirs)) if is_prefix(theirs) && ours.starts_with(theirs) => Ok(()),
-            (Some(ours), Some(theirs))
-                if ours != theirs && !(is_prefix(&ours) && theirs.starts_with(&ours)) =>
-            {
-                Err(format!("{OTHER_CLUSTER} {ours}, not {theirs}"))
-            }
-            (ours, Some(theirs)) if ours.as_deref() != Some(theirs) => {
-                self.rejoin.met_formed_peer().map_err(|e| format!("marking a rejoin failed: {e}"))
-            }
-            _ => Ok(()),
+    /// With what an earlier run left about checksums.
+    pub fn with_checksums(self, checksums: Checksums) -> Self {
+        Self { checksums, ..self }
+    }
+
+    /// What this node knows of a member that connects.
+    pub fn sender(&self, id: u64, identity: DiskIdentity) -> Sender {
+        Sender {
+            // Not by the membership in force: an entry that was never committed may name another disk for this id, and
+            // would keep away the very leader that could have it removed (the model found it).
+            recorded: self.standing.committed_identity(id),
+            removed: self.standing.is_gone(id),
+            seen: self.seen.borrow().get(&identity).copied(),
         }
+    }
+
+    /// A process on that disk, with these starts, was met. False if a start of it was seen that it lacks.
+    pub fn saw(&self, identity: DiskIdentity, starts: &Starts) -> bool {
+        let mut may = true;
+        self.seen.send_if_modified(|seen| {
+            let newest = seen.get(&identity).copied();
+            may = newest.is_none_or(|newest| starts.include(newest));
+            if may && (seen.len() < PEERS_KNOWN_MAX || newest.is_some()) {
+                seen.insert(identity, starts.last());
+            }
+            may && newest != Some(starts.last())
+        });
+        may
+    }
+
+    /// Resolves when a newer start of that disk is seen than this one.
+    pub async fn until_newer(&self, identity: DiskIdentity, than: Start) {
+        let mut seen = self.seen.subscribe();
+        if seen.wait_for(|seen| seen.get(&identity).is_some_and(|now| *now != than)).await.is_err() {
+            // The sender lives as long as this.
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// A member's hello was refused. Says so once: a refused member asks many times a second.
+    pub fn refused(&self, id: u64, identity: DiskIdentity, refusal: &Refusal) {
+        let mut refused = locked(&self.refused);
+        if refused.get(&id) == Some(refusal) {
+            tracing::debug!(from = id, %refusal, "refused a peer again");
+        } else {
+            tracing::warn!(from = id, disk = %identity, %refusal, "refused a peer");
+            // An id that is made up must not make this grow.
+            if refused.len() < PEERS_KNOWN_MAX || refused.contains_key(&id) {
+                refused.insert(id, refusal.clone());
+            }
+        }
+    }
+
+    /// What keeps this node from talking to a member; `None` once it does.
+    pub fn set_problem(&self, id: u64, problem: Option<Problem>) {
+        let mut problems = locked(&self.problems);
+        let Some(problem) = problem else {
+            problems.remove(&id);
+            return;
+        };
+        if problems.get(&id) != Some(&problem) {
+            tracing::error!(member = id, %problem, "can't talk to a member");
+            problems.insert(id, problem);
+        }
+    }
+
+    /// A member was reached. What it has lost of what it acknowledged, it has still lost.
+    pub fn reached(&self, id: u64) {
+        let mut problems = locked(&self.problems);
+        if problems.get(&id) != Some(&Problem::LostAcknowledged) {
+            problems.remove(&id);
+        }
+    }
+
+    /// This node does not lead: what it found as a leader says nothing about the next term.
+    pub fn forget_losses(&self) {
+        locked(&self.problems).retain(|_, problem| *problem != Problem::LostAcknowledged);
+    }
+
+    /// See [`Directory::set_problem`].
+    pub fn problem(&self, id: u64) -> Option<Problem> {
+        locked(&self.problems).get(&id).cloned()
+    }
+
+    /// A follower holds everything up to `index`, as it told us while we led `term`.
+    pub fn acknowledged(&self, id: u64, term: u64, index: u64) {
+        let mut acknowledged = locked(&self.acknowledged);
+        let known = acknowledged.entry(id).or_insert((term, index));
+        if term > known.0 {
+            *known = (term, index);
+            drop(acknowledged);
+            if self.problem(id) == Some(Problem::LostAcknowledged) {
+                self.set_problem(id, None);
+            }
+        } else if term == known.0 {
+            known.1 = known.1.max(index);
+        }
+    }
+
+    /// Whether a follower that lacks `index` has acknowledged it in this same term of ours, in which no other leader can have
+    /// had it removed: then it does not count in this term. The next leader begins with it anew.
+    pub fn has_lost(&self, id: u64, term: u64, index: u64) -> bool {
+        let lost = locked(&self.acknowledged)
+            .get(&id)
+            .is_some_and(|(in_term, upto)| *in_term == term && *upto >= index);
+        if lost {
+            self.set_problem(id, Some(Problem::LostAcknowledged));
+        }
+        lost
     }
 
     /// A leader sent something.
     pub fn heard_leader(&self, term: u64, id: u64) {
-        let mut leader = self.leader.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut leader = locked(&self.leader);
         *leader = (*leader).max(Some((term, id)));
     }
 
     /// The leader of a later term than `term`, if one has sent anything.
     pub fn leader_after(&self, term: u64) -> Option<u64> {
-        let leader = *self.leader.lock().unwrap_or_else(PoisonError::into_inner);
-        leader.filter(|(heard, id)| *heard > term && *id != self.id).map(|(_, id)| id)
+        let leader = *locked(&self.leader);
+        leader.filter(|(heard, id)| *heard > term && *id != self.me.id).map(|(_, id)| id)
     }
 
-    /// A member was reached; `refusal` is what it said if it would not have us.
-    pub fn answered(&self, id: u64, refusal: Option<&str>) {
-        let mut foreign = self.foreign.lock().unwrap_or_else(PoisonError::into_inner);
-        match refusal {
-            Some(why) if why.contains(OTHER_CLUSTER) => {
-                foreign.insert(id, why.to_owned());
-            }
-            _ => {
-                foreign.remove(&id);
-            }
-        }
-    }
-
-    /// Members that belong to another cluster, with what they say.
-    pub fn foreign(&self) -> BTreeMap<u64, String> {
-        self.foreign.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// What tells the connection that appends to a member that it has to send the commit index now. Members are few, and
-    /// their ids are never used twice, so none is forgotten.
+    /// What tells the connection that appends to a member that it has to send the commit index now. Called for members alone,
+    /// which are few; their ids are never used twice, so none is forgotten.
     pub fn hurry(&self, id: u64) -> Arc<Notify> {
-        self.hurries.lock().unwrap_or_else(PoisonError::into_inner).entry(id).or_default().clone()
+        locked(&self.hurries).entry(id).or_default().clone()
     }
 
     /// A peer said where its HTTP API is.
     pub fn learn(&self, id: u64, url: &str) {
-        let mut urls = self.urls.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut urls = locked(&self.urls);
         let room = urls.len() < PEERS_KNOWN_MAX || urls.contains_key(&id);
         if room && urls.get(&id).map(String::as_str) != Some(url) {
             urls.insert(id, url.to_owned());
@@ -187,22 +298,12 @@ impl Directory {
 
     /// URL of a member, once known.
     pub fn url_of(&self, id: u64) -> Option<String> {
-        self.urls.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
+        locked(&self.urls).get(&id).cloned()
     }
 
     /// Changes whenever a URL is learnt.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()
-    }
-
-    /// The cluster's id, once formed here.
-    pub fn cluster_id(&self) -> Option<String> {
-        self.cluster_id.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// Sets the cluster's id.
-    pub fn set_cluster_id(&self, id: String) {
-        *self.cluster_id.lock().unwrap_or_else(PoisonError::into_inner) = Some(id);
     }
 }
 
@@ -214,36 +315,44 @@ pub fn since_ms(then: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::membership::naming::Disk;
+
+    fn directory() -> Directory {
+        let disk = Disk { identity: DiskIdentity::default(), starts: Starts::default() };
+        let me = Me { id: 1, cluster_id: "c".into(), disk };
+        Directory::new(me, "http://a".into(), Standing::new(watch::Sender::default()))
+    }
 
     #[test]
-    fn members_restored_from_one_backup_know_each_other_before_and_after_the_forming_and_no_others() {
-        const BACKUP: &str = "restored-0123456789abcdef-";
-        let formed = format!("{BACKUP}00ff");
-        let other = "restored-ffffffffffffffff-";
-        let directory = |id: Option<&str>, dir: &std::path::Path| {
-            let rejoin = Arc::new(Rejoin::open(dir, false).unwrap());
-            let directory = Directory::new(1, "http://a".into(), rejoin);
-            *directory.cluster_id.lock().unwrap() = id.map(str::to_owned);
-            directory
-        };
-        for (ours, theirs, known, waits) in [
-            (Some(BACKUP), Some(BACKUP), true, false),
-            // It may have forgotten what it had acknowledged.
-            (Some(BACKUP), Some(formed.as_str()), true, true),
-            (Some(&formed), Some(BACKUP), true, false),
-            (Some(&formed), Some(&formed), true, false),
-            (Some(&formed), None, true, false),
-            (None, Some(BACKUP), true, true),
-            (Some(BACKUP), Some(other), false, false),
-            (Some(other), Some(&formed), false, false),
-            (Some(&formed), Some(&format!("{BACKUP}ee")), false, false),
-            (Some(BACKUP), Some("0123"), false, false),
-            (Some("0123"), Some(BACKUP), false, false),
-        ] {
-            let dir = tempfile::tempdir().unwrap();
-            let directory = directory(ours, dir.path());
-            assert_eq!(directory.compare_cluster(theirs).is_ok(), known, "{ours:?} {theirs:?}");
-            assert_eq!(directory.rejoin.may_vote(9).unwrap(), !waits, "{ours:?} {theirs:?}");
-        }
+    fn only_what_was_acknowledged_in_this_term_can_be_lost() {
+        let directory = directory();
+        directory.acknowledged(2, 3, 10);
+        directory.acknowledged(2, 3, 7);
+        assert!(!directory.has_lost(2, 3, 11) && directory.problem(2).is_none());
+        assert!(
+            !directory.has_lost(2, 4, 10),
+            "another leader may have had it removed between two terms of ours"
+        );
+        assert!(directory.has_lost(2, 3, 10));
+        assert_eq!(directory.problem(2), Some(Problem::LostAcknowledged));
+        directory.acknowledged(3, 3, 10);
+        directory.acknowledged(3, 5, 4);
+        assert!(!directory.has_lost(3, 5, 10) && directory.has_lost(3, 5, 4));
+    }
+
+    #[test]
+    fn an_older_process_of_a_member_is_not_taken_for_it() {
+        let (directory, disk) = (directory(), DiskIdentity::random());
+        let mut starts = Starts::default();
+        starts.begin();
+        let mut copy = starts.clone();
+        assert!(directory.saw(disk, &starts) && directory.saw(disk, &copy));
+        starts.begin();
+        assert!(directory.saw(disk, &starts));
+        assert!(!directory.saw(disk, &copy));
+        copy.begin();
+        copy.begin();
+        assert!(!directory.saw(disk, &copy), "however often it is started");
+        assert_eq!(directory.sender(2, disk).seen, Some(starts.last()));
     }
 }

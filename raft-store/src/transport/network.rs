@@ -2,10 +2,12 @@
 
 use super::client::{RpcClient, RpcError, connect};
 use super::hold::{COMMIT_HOLD, Hold};
+use super::learner_gate::{LearnerGate, PROMOTION_POLL};
 use super::wire::{
-    Append, Mode, Reply, Request, SnapshotBegin, SnapshotHeader, SnapshotReply, StreamReply, VoteAsk,
+    Append, AppendReply, Mode, Reply, Request, SnapshotBegin, SnapshotHeader, SnapshotReply, StreamReply,
+    VoteAsk,
 };
-use super::{APPENDS_IN_FLIGHT_MAX, Directory, Frames, SNAPSHOT_CHUNK_BYTES, SNAPSHOT_STALL};
+use super::{APPENDS_IN_FLIGHT_MAX, Directory, Frames, Problem, SNAPSHOT_CHUNK_BYTES, SNAPSHOT_STALL};
 use crate::incoming::checksum_before;
 use crate::snapshots::Snapshots;
 use crate::state_machine::SnapshotData;
@@ -48,11 +50,11 @@ pub struct PeerFactory {
 impl PeerFactory {
     fn client(&self, target: u64, node: &Member, pipelined: bool) -> PeerNetwork {
         PeerNetwork {
-            rpc: RpcClient::new(self.directory.clone(), target, node.peer_addr.clone()),
+            rpc: RpcClient::new(self.directory.clone(), target, node.clone()),
             directory: self.directory.clone(),
             snapshots: self.snapshots.clone(),
             target,
-            addr: node.peer_addr.clone(),
+            node: node.clone(),
             pipelined,
             append_timeout: self.append_timeout,
         }
@@ -78,7 +80,7 @@ pub struct PeerNetwork {
     directory: Arc<Directory>,
     snapshots: Arc<Snapshots>,
     target: u64,
-    addr: String,
+    node: Member,
     pipelined: bool,
     append_timeout: Duration,
 }
@@ -106,76 +108,122 @@ impl PeerNetwork {
         S: Stream<Item = AppendEntriesRequest<C>> + OptionalSend + Unpin + 'static,
     {
         let frames =
-            connect(&self.directory, self.target, &self.addr, Mode::Append).await.map_err(unreachable)?;
+            connect(&self.directory, self.target, &self.node, Mode::Append).await.map_err(unreachable)?;
         let (sink, replies) = frames.split();
         let (under_way, sent) = mpsc::channel(APPENDS_IN_FLIGHT_MAX);
         let hurry = self.directory.hurry(self.target);
-        let writer =
-            AbortOnDropHandle::new(tokio::spawn(write_appends(input, sink, under_way, hurry, COMMIT_HOLD)));
-        let state = Pipeline { sent, replies, _writer: writer };
+        let (directory, target) = (self.directory.clone(), self.target);
+        let to_voter = move || directory.standing.is_voter(target);
+        let writer = AbortOnDropHandle::new(tokio::spawn(write_appends(
+            input,
+            sink,
+            under_way,
+            hurry,
+            COMMIT_HOLD,
+            to_voter,
+        )));
+        let state = Pipeline {
+            sent,
+            replies,
+            directory: self.directory.clone(),
+            target: self.target,
+            _writer: writer,
+        };
         let timeout = self.append_timeout;
         Ok(Box::pin(futures::stream::unfold(Some(state), move |state| async move {
             let mut state = state?;
             // The end of the input with nothing under way is the end of the answers.
             let item = match state.sent.recv().await? {
-                Ok(()) => state.next_reply(timeout).await,
+                Ok(term) => state.next_reply(term, timeout).await,
                 Err(error) => Err(network(error)),
             };
-            let go_on = matches!(item, Ok(Ok(_)));
-            Some((item, go_on.then_some(state)))
+            let continues = matches!(item, Ok(Ok(_)));
+            Some((item, continues.then_some(state)))
         })))
     }
 }
 
 struct Pipeline {
-    sent: mpsc::Receiver<Result<(), String>>,
+    /// The term of each request that was sent, in order.
+    sent: mpsc::Receiver<Result<u64, String>>,
     replies: futures::stream::SplitStream<Frames>,
+    directory: Arc<Directory>,
+    target: u64,
     _writer: AbortOnDropHandle<()>,
 }
 
 impl Pipeline {
-    async fn next_reply(&mut self, timeout: Duration) -> StreamItem {
-        match tokio::time::timeout(timeout, self.replies.next()).await {
-            Err(_) => Err(network(format!("an append was not answered within {} ms", timeout.as_millis()))),
-            Ok(None) => Err(network("the append connection was closed")),
-            Ok(Some(Err(error))) => Err(network(error)),
-            Ok(Some(Ok(frame))) => decode::<StreamReply>(&frame).map(Into::into).map_err(network),
+    async fn next_reply(&mut self, term: u64, timeout: Duration) -> StreamItem {
+        let reply: StreamReply = match tokio::time::timeout(timeout, self.replies.next()).await {
+            Err(_) => {
+                let waited_ms = timeout.as_millis();
+                return Err(network(format!("an append was not answered within {waited_ms} ms")));
+            }
+            Ok(None) => return Err(network("the append connection was closed")),
+            Ok(Some(Err(error))) => return Err(network(error)),
+            Ok(Some(Ok(frame))) => decode(&frame).map_err(network)?,
+        };
+        match &reply {
+            StreamReply::Matching(Some(upto)) => self.directory.acknowledged(self.target, term, upto.index),
+            StreamReply::Conflict(at) if self.directory.has_lost(self.target, term, at.index) => {
+                return Err(unreachable(Problem::LostAcknowledged));
+            }
+            _ => {}
         }
+        Ok(reply.into())
     }
 }
 
-/// Writes requests until they end. `hold_for` and `hurry`: see [`Hold`].
+/// What the writer of a connection goes by.
+enum Next {
+    Request(AppendEntriesRequest<C>),
+    /// There are no more requests.
+    End,
+    /// A commit index alone was held for long enough.
+    HeldLong,
+    /// The target may have become a voter.
+    LookAgain,
+}
+
+/// Writes requests until they end. `hold_for` and `hurry`: see [`Hold`]; `to_voter`: see [`LearnerGate`].
 async fn write_appends<S>(
     mut input: S,
     mut sink: impl Sink<Bytes, Error = io::Error> + Unpin,
-    under_way: mpsc::Sender<Result<(), String>>,
+    under_way: mpsc::Sender<Result<u64, String>>,
     hurry: Arc<Notify>,
     hold_for: Duration,
+    to_voter: impl Fn() -> bool,
 ) where
     S: Stream<Item = AppendEntriesRequest<C>> + Unpin,
 {
-    let mut hold = Hold::default();
+    let (mut gate, mut hold) = (LearnerGate::default(), Hold::default());
     let mut held_long = std::pin::pin!(tokio::time::sleep(Duration::ZERO));
     loop {
         let held = hold.is_holding();
         let next = tokio::select! {
             // What brings the commit index along makes the wait superfluous.
             biased;
-            request = input.next() => Some(request),
-            () = hurry.notified(), if held => None,
-            () = &mut held_long, if held => None,
+            request = input.next() => request.map_or(Next::End, Next::Request),
+            () = hurry.notified(), if held => Next::HeldLong,
+            () = &mut held_long, if held => Next::HeldLong,
+            () = tokio::time::sleep(PROMOTION_POLL), if gate.is_holding() => Next::LookAgain,
         };
-        let (requests, ended) = match next {
-            Some(Some(request)) => (hold.offer(request).collect::<Vec<_>>(), false),
-            Some(None) => (hold.release().into_iter().collect(), true),
-            None => (hold.release().into_iter().collect(), false),
+        let ended = matches!(next, Next::End);
+        let mut requests = match next {
+            Next::Request(request) => hold.offer_all(gate.offer(request, to_voter())),
+            Next::LookAgain => hold.offer_all(gate.release(to_voter())),
+            Next::End => hold.offer_all(gate.end()),
+            Next::HeldLong => hold.release().into_iter().collect(),
         };
+        if ended {
+            requests.extend(hold.release());
+        }
         if hold.is_holding() && !held {
             held_long.as_mut().reset(Instant::now() + hold_for);
         }
         for request in &requests {
             if let Err(why) = write_append(request, &mut sink, &under_way).await {
-                // Who reads the answers may have gone already.
+                // The reader of the answers may have gone already.
                 let _ = under_way.send(Err(why)).await;
                 return;
             }
@@ -189,10 +237,13 @@ async fn write_appends<S>(
 async fn write_append(
     request: &AppendEntriesRequest<C>,
     sink: &mut (impl Sink<Bytes, Error = io::Error> + Unpin),
-    under_way: &mpsc::Sender<Result<(), String>>,
+    under_way: &mpsc::Sender<Result<u64, String>>,
 ) -> Result<(), String> {
     let encoded = encode(&Append::of(request).map_err(|e| e.to_string())?);
-    under_way.send(Ok(())).await.map_err(|_| "nobody reads the answers".to_owned())?;
+    under_way
+        .send(Ok(request.vote.leader_id.term))
+        .await
+        .map_err(|_| "nobody reads the answers".to_owned())?;
     sink.send(Bytes::from(encoded)).await.map_err(|e| e.to_string())
 }
 
@@ -206,6 +257,14 @@ impl RaftNetworkV2<C> for PeerNetwork {
     ) -> Result<AppendEntriesResponse<C>, RPCError<C>> {
         let request = Request::Append(Append::of(&rpc).map_err(network)?);
         match self.ask(&request, option.hard_ttl()).await? {
+            // A heartbeat: its previous entry is the last one that this follower acknowledged.
+            Reply::Append(AppendReply::Conflict) => {
+                let (term, prev) = (rpc.vote.leader_id.term, rpc.prev_log_id.map_or(0, |prev| prev.index));
+                if self.directory.has_lost(self.target, term, prev) {
+                    return Err(unreachable(Problem::LostAcknowledged));
+                }
+                Ok(AppendReply::Conflict.into())
+            }
             Reply::Append(reply) => Ok(reply.into()),
             other => Err(network(format!("an append was answered with {other:?}"))),
         }
@@ -253,7 +312,13 @@ impl RaftNetworkV2<C> for PeerNetwork {
         _option: RPCOption,
     ) -> Result<SnapshotResponse<C>, StreamingError<C>> {
         let send = async {
-            let frames = connect(&self.directory, self.target, &self.addr, Mode::Snapshot)
+            let index = snapshot.meta.last_log_id.map_or(0, |id| id.index);
+            self.directory
+                .checksums
+                .confirm(index)
+                .await
+                .map_err(|e| StreamingError::Network(NetworkError::from_string(e)))?;
+            let frames = connect(&self.directory, self.target, &self.node, Mode::Snapshot)
                 .await
                 .map_err(|e| StreamingError::Unreachable(Unreachable::from_string(e)))?;
             self.send_snapshot(frames, vote, &snapshot)
@@ -347,6 +412,7 @@ impl PeerNetwork {
             }
             let mut left = size.saturating_sub(std::mem::take(&mut offset));
             while left > 0 {
+                self.directory.checksums.check_sending().map_err(io::Error::other)?;
                 let want = usize::try_from(left).unwrap_or(usize::MAX).min(SNAPSHOT_CHUNK_BYTES);
                 let mut frame = BytesMut::zeroed(4 + want);
                 file.read_exact(&mut frame[4..]).await?;
@@ -359,9 +425,12 @@ impl PeerNetwork {
         }
         // Installing takes as long as the disk needs.
         match next_reply(&mut frames, SNAPSHOT_STALL * 6, "a snapshot").await? {
-            SnapshotReply::Installed(vote) => {
+            SnapshotReply::Installed(installed_as) => {
                 self.snapshots.arrived(self.target);
-                Ok(SnapshotResponse::new(vote.into()))
+                if Vote::from(installed_as) == vote {
+                    self.directory.acknowledged(self.target, vote.leader_id.term, index);
+                }
+                Ok(SnapshotResponse::new(installed_as.into()))
             }
             SnapshotReply::Failed(why) => Err(io::Error::other(why)),
             SnapshotReply::Go { .. } => Err(io::Error::other("a snapshot was answered out of order")),
@@ -399,7 +468,7 @@ mod tests {
         requests: UnboundedSender<AppendEntriesRequest<C>>,
         frames: UnboundedReceiver<Bytes>,
         hurry: Arc<Notify>,
-        _under_way: mpsc::Receiver<Result<(), String>>,
+        _under_way: mpsc::Receiver<Result<u64, String>>,
     }
 
     fn connection(hold_for: Duration) -> Connection {
@@ -408,7 +477,7 @@ mod tests {
         let (under_way, sent) = mpsc::channel(APPENDS_IN_FLIGHT_MAX);
         let hurry = Arc::new(Notify::new());
         let sink = sink.sink_map_err(io::Error::other);
-        tokio::spawn(write_appends(input, sink, under_way, hurry.clone(), hold_for));
+        tokio::spawn(write_appends(input, sink, under_way, hurry.clone(), hold_for, || true));
         Connection { requests, frames, hurry, _under_way: sent }
     }
 

@@ -1,21 +1,27 @@
 //! Serving the peers.
 
+use super::contradiction::{contradicts, snapshot_contradicts};
+use super::hello::judge;
 use super::wire::{
-    Append, Hello, HelloReply, Mode, PROTOCOL, ProposeRefusal, ProposedReply, ReadIndexReply, Reply, Request,
-    SnapshotBegin, SnapshotHeader, SnapshotReply, StreamReply, VoteReply,
+    Append, Mode, Opening, OpeningReply, ProposeRefusal, ProposedReply, ReadIndexReply, Refusal, Reply,
+    Request, SnapshotBegin, SnapshotHeader, SnapshotReply, StreamReply,
 };
-use super::{APPENDS_IN_FLIGHT_MAX, CONNECT_TIMEOUT, Directory, Frames, SNAPSHOT_STALL, frames};
+use super::{
+    APPENDS_IN_FLIGHT_MAX, CONNECT_TIMEOUT, Directory, FRAME_BYTES_MAX, Frames, OPENING_BYTES_MAX,
+    SNAPSHOT_STALL, frames,
+};
 use crate::api::{MemberChange, MemberChanged, MemberError};
 use crate::incoming::{Incoming, Partial};
+use crate::membership::naming::{Disk, Naming};
 use crate::snapshots::{SnapshotDir, Snapshots};
 use crate::state_machine::StateMachine;
-use crate::types::{SnapshotMeta, Stamper, TypeConfig};
+use crate::types::{LogId, SnapshotMeta, Stamper, TypeConfig, Vote};
 use bytes::{BufMut, Bytes, BytesMut};
 use futures::{SinkExt, StreamExt};
 use holdfast_core::codec::{decode, encode};
 use holdfast_core::command::Proposal;
 use openraft::async_runtime::watch::WatchReceiver;
-use openraft::raft::TransferLeaderRequest;
+use openraft::raft::{AppendEntriesRequest, TransferLeaderRequest};
 use openraft::storage::Snapshot;
 use std::future::Future;
 use std::io;
@@ -54,17 +60,32 @@ pub trait Forwarded: Send + Sync + 'static {
         change: MemberChange,
     ) -> impl Future<Output = Result<MemberChanged, MemberError>> + Send;
 
+    /// Carries out an operator's decision which checksum is right, if this replica leads.
+    fn accept_checksum_here(
+        &self,
+        index: u64,
+        value: u64,
+    ) -> impl Future<Output = Result<bool, MemberError>> + Send;
+
     /// Confirms leadership and says up to where a reader must have applied, if this replica leads.
     fn read_index_here(&self) -> impl Future<Output = Option<ReadIndexReply>> + Send;
 
     /// Whether this replica would be a good leader.
     fn may_lead(&self) -> bool;
+
+    /// The last entry that this replica knows to be committed.
+    fn committed(&self) -> Option<LogId>;
+
+    /// Stops this replica for good.
+    fn fail(&self, why: String);
 }
 
 /// Serves the peers of one replica.
 pub struct PeerServer<F> {
     /// What we tell the peers.
     pub directory: Arc<Directory>,
+    /// The name of this member.
+    pub naming: Naming,
     /// The replica.
     pub raft: Raft,
     /// The replica's own services.
@@ -115,25 +136,45 @@ impl<F: Forwarded> PeerServer<F> {
     }
 
     async fn serve(self: &Arc<Self>, stream: TcpStream) -> io::Result<()> {
-        let mut frames = frames(stream);
-        let first = tokio::time::timeout(CONNECT_TIMEOUT, frames.next())
-            .await
-            .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "no hello"))?
-            .ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))??;
-        let hello: Hello = decode(&first).map_err(io::Error::other)?;
-        if let Err(why) = self.check(&hello) {
-            tracing::warn!(from = hello.from, %why, "refused a peer");
-            frames.send(Bytes::from(encode(&HelloReply::Refused(why.clone())))).await?;
-            return Err(io::Error::other(why));
+        let (mut frames, opening) = receive_opening(stream).await?;
+        let directory = &self.directory;
+        let hello = match opening {
+            Opening::Hello(hello) => hello,
+            // A name is given once. Who asks for another sees in the answer which one this is.
+            Opening::Identify | Opening::Bind(_) => {
+                let mut naming = self.naming.clone();
+                if self
+                    .raft
+                    .metrics()
+                    .borrow_watched()
+                    .membership_config
+                    .membership()
+                    .nodes()
+                    .next()
+                    .is_some()
+                {
+                    // The init has done its work: what asks must not take this for one that may be begun again.
+                    naming.founding = None;
+                }
+                let identity = directory.me.disk.identity;
+                return reply(&mut frames, &OpeningReply::Identified { identity, naming: Some(naming) })
+                    .await;
+            }
+        };
+        let now = hello.starts.last();
+        let judged = judge(&directory.me, &hello, &directory.sender(hello.from, hello.from_identity))
+            .and_then(|()| {
+                let newest = directory.saw(hello.from_identity, &hello.starts);
+                newest.then_some(()).ok_or(Refusal::SetBack(now.number))
+            });
+        if let Err(refusal) = judged {
+            directory.refused(hello.from, hello.from_identity, &refusal);
+            reply(&mut frames, &OpeningReply::Refused(refusal.clone())).await?;
+            return Err(io::Error::other(refusal));
         }
-        if hello.cluster_id.is_some() && self.directory.standing.is_gone(hello.from) {
-            frames.send(Bytes::from(encode(&HelloReply::Removed))).await?;
-            return Err(io::Error::other(format!("member {} was removed", hello.from)));
-        }
-        self.directory.learn(hello.from, &hello.url);
-        let welcome =
-            HelloReply::Welcome { url: self.directory.url.clone(), cluster_id: self.directory.cluster_id() };
-        frames.send(Bytes::from(encode(&welcome))).await?;
+        directory.learn(hello.from, &hello.url);
+        let Disk { identity, starts } = directory.me.disk.clone();
+        reply(&mut frames, &OpeningReply::Welcome { identity, starts, url: directory.url.clone() }).await?;
         let served = async {
             match hello.mode {
                 Mode::Rpc => self.serve_rpc(frames, hello.from).await,
@@ -143,36 +184,15 @@ impl<F: Forwarded> PeerServer<F> {
         };
         tokio::select! {
             served = served => served,
-            () = self.directory.standing.until_gone(hello.from) => Ok(()),
-        }
-    }
-
-    fn check(&self, hello: &Hello) -> Result<(), String> {
-        if hello.protocol != PROTOCOL {
-            return Err(format!("protocol {} is not spoken here, only {PROTOCOL}", hello.protocol));
-        }
-        if hello.to != self.directory.id {
-            return Err(format!("this is member {}, not {}", self.directory.id, hello.to));
-        }
-        self.directory.compare_cluster(hello.cluster_id.as_deref())
-    }
-
-    /// The answer to a (pre-)vote of a member that must not vote yet.
-    fn banned(&self) -> Option<Reply> {
-        let metrics = self.raft.metrics();
-        let metrics = metrics.borrow_watched();
-        let applied = metrics.last_applied.map_or(0, |id| id.index);
-        match self.directory.rejoin.may_vote(applied) {
-            Ok(true) => None,
-            Ok(false) => {
-                Some(Reply::Vote(VoteReply { vote: metrics.vote.into(), granted: false, last_log_id: None }))
-            }
-            Err(error) => Some(Reply::Failed(error.to_string())),
+            () = directory.standing.until_gone(hello.from) => Ok(()),
+            () = directory.until_newer(hello.from_identity, now) => Ok(()),
         }
     }
 
     async fn serve_rpc(self: &Arc<Self>, frames: Frames, from: u64) -> io::Result<()> {
-        let hurry = self.directory.hurry(from);
+        let known = self.directory.standing.member(from).is_some();
+        // An id that is made up must not make this grow.
+        let hurry = if known { self.directory.hurry(from) } else { Default::default() };
         let (mut sink, mut stream) = frames.split();
         let (answers, mut answered) = mpsc::channel::<Bytes>(REQUESTS_IN_FLIGHT_MAX);
         let places = Arc::new(Semaphore::new(REQUESTS_IN_FLIGHT_MAX));
@@ -218,16 +238,13 @@ impl<F: Forwarded> PeerServer<F> {
     }
 
     async fn handle(&self, request: Request) -> Reply {
-        if matches!(request, Request::Vote(_) | Request::PreVote(_))
-            && let Some(refusal) = self.banned()
-        {
-            return refusal;
-        }
         match request {
             Request::Append(append) => {
                 self.directory.heard_leader(append.vote.term, append.vote.node);
-                self.directory.rejoin.heard_leader(append.commit.map(|at| at.index));
-                let request = match append.into_request() {
+                let request = match append.into_request().map_err(io::Error::other).and_then(|request| {
+                    self.check_append(&request)?;
+                    Ok(request)
+                }) {
                     Ok(request) => request,
                     Err(error) => return Reply::Failed(error.to_string()),
                 };
@@ -270,7 +287,34 @@ impl<F: Forwarded> PeerServer<F> {
                 Reply::MembersChanged(self.forwarded.change_members_here(change).await)
             }
             Request::MayLead => Reply::MayLead(self.forwarded.may_lead()),
+            Request::Checksums { from, published } => {
+                Reply::Checksums(self.directory.checksums.exchange(from, published))
+            }
+            Request::AcceptChecksum { index, value } => {
+                Reply::ChecksumAccepted(self.forwarded.accept_checksum_here(index, value).await)
+            }
         }
+    }
+
+    /// Stops this replica if a leader of its term or a later one contradicts what is committed here.
+    fn check_append(&self, request: &AppendEntriesRequest<TypeConfig>) -> io::Result<()> {
+        let ids = request.prev_log_id.into_iter().chain(request.entries.iter().map(|entry| entry.log_id));
+        let committed = self.forwarded.committed();
+        self.check_leader(request.vote, contradicts(committed, ids), committed)
+    }
+
+    fn check_leader(&self, vote: Vote, contradicts: bool, committed: Option<LogId>) -> io::Result<()> {
+        // One that is deposed may send what it likes.
+        if !contradicts || vote < self.raft.metrics().borrow_watched().vote {
+            return Ok(());
+        }
+        let why = format!(
+            "the leader of term {} has another log than this replica up to {:?}, which is committed and applied here: \
+             acknowledged entries were lost elsewhere. Stop all members and compare their logs",
+            vote.leader_id.term, committed
+        );
+        self.forwarded.fail(why.clone());
+        Err(io::Error::other(why))
     }
 
     async fn serve_append(&self, frames: Frames) -> io::Result<()> {
@@ -281,8 +325,8 @@ impl<F: Forwarded> PeerServer<F> {
             while let Some(frame) = stream.next().await {
                 let append: Append = decode(&frame?).map_err(io::Error::other)?;
                 self.directory.heard_leader(append.vote.term, append.vote.node);
-                self.directory.rejoin.heard_leader(append.commit.map(|at| at.index));
                 let request = append.into_request().map_err(io::Error::other)?;
+                self.check_append(&request)?;
                 if requests.send(request).await.is_err() {
                     break;
                 }
@@ -331,12 +375,14 @@ impl<F: Forwarded> PeerServer<F> {
         if let Some((name, _)) = header.files.iter().find(|(name, _)| !is_plain_file_name(name)) {
             return Err(io::Error::other(format!("a snapshot holds a file named {name:?}")));
         }
-        let vote: crate::types::Vote = header.vote.into();
+        let vote: Vote = header.vote.into();
         let known = self.raft.metrics().borrow_watched().vote;
         if known > vote {
             // Its sender is deposed; nothing has to be sent to learn that.
             return Ok(SnapshotReply::Installed(known.into()));
         }
+        let committed = self.forwarded.committed();
+        self.check_leader(vote, snapshot_contradicts(committed, meta.last_log_id), committed)?;
         let Some(turn) = self.incoming.enter(vote).await else {
             return Err(io::Error::other("a newer leader is sending a snapshot"));
         };
@@ -419,6 +465,23 @@ impl<F: Forwarded> PeerServer<F> {
         }
         Ok(partial)
     }
+}
+
+/// Frames a connection and receives what it opens with.
+pub(crate) async fn receive_opening(stream: TcpStream) -> io::Result<(Frames, Opening)> {
+    let mut frames = frames(stream);
+    frames.codec_mut().set_max_frame_length(OPENING_BYTES_MAX);
+    let first = tokio::time::timeout(CONNECT_TIMEOUT, frames.next())
+        .await
+        .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "no hello"))?
+        .ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))??;
+    frames.codec_mut().set_max_frame_length(FRAME_BYTES_MAX);
+    Ok((frames, decode(&first).map_err(io::Error::other)?))
+}
+
+/// Answers an opening.
+pub(crate) async fn reply(frames: &mut Frames, reply: &OpeningReply) -> io::Result<()> {
+    frames.send(Bytes::from(encode(reply))).await
 }
 
 /// The next frame of a snapshot; an error if none comes, or another transfer takes over.

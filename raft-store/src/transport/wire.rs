@@ -2,6 +2,7 @@
 
 use crate::api::{MemberChange, MemberChanged, MemberError};
 use crate::codec::{WireLogId, WireSnapshotMeta, WireVote, decode_entry, encode_entry};
+use crate::membership::naming::{DiskIdentity, Naming, Starts};
 use crate::types::{LogEntry, TypeConfig};
 use bincode::{Decode, Encode};
 use bytes::Bytes;
@@ -13,8 +14,10 @@ use openraft::raft::{
 };
 use std::io;
 
-/// Spoken by this program; another one is refused.
-pub const PROTOCOL: u32 = 2;
+/// Oldest protocol that this program speaks.
+pub const PROTOCOL_MIN: u32 = 3;
+/// Newest protocol that this program speaks.
+pub const PROTOCOL: u32 = 3;
 
 /// What a connection is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
@@ -26,25 +29,73 @@ pub enum Mode {
 
 /// First frame of the one who connects.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum Opening {
+    /// A member connects to a member.
+    Hello(Hello),
+    /// Asks a process who it is. Anyone may: the answer names nothing but the process itself.
+    Identify,
+    /// Names a waiting process.
+    Bind(Bind),
+}
+
+/// Who connects, and to whom, by the membership that the sender has.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct Hello {
-    pub protocol: u32,
+    pub protocol_min: u32,
+    pub protocol_max: u32,
+    pub cluster_id: String,
     pub from: u64,
+    pub from_identity: DiskIdentity,
+    /// Starts of the sender's disk.
+    pub starts: Starts,
     pub to: u64,
+    pub to_identity: DiskIdentity,
     pub url: String,
-    pub cluster_id: Option<String>,
     pub mode: Mode,
 }
 
-/// First frame of the one connected to.
+/// The name that a waiting process gets, if it has this identity.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-pub enum HelloReply {
-    Welcome {
-        url: String,
-        cluster_id: Option<String>,
-    },
-    Refused(String),
-    /// The one who connects was removed from the cluster.
+pub struct Bind {
+    pub identity: DiskIdentity,
+    pub naming: Naming,
+}
+
+/// First frame of the one connected to.
+// One lives for a moment on its way to a socket: boxing the larger variant would only add an allocation.
+#[allow(clippy::large_enum_variant)]
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum OpeningReply {
+    /// The hello is accepted; messages follow.
+    Welcome { identity: DiskIdentity, starts: Starts, url: String },
+    /// The hello is refused, and nothing else happens.
+    Refused(Refusal),
+    /// The answer to [`Opening::Identify`] and [`Opening::Bind`]: who this is, now.
+    Identified { identity: DiskIdentity, naming: Option<Naming> },
+}
+
+/// Why a hello is refused.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, thiserror::Error)]
+pub enum Refusal {
+    /// The receiver is no member: its disk is new.
+    #[error("it is waiting to be named by \"holdfast cluster init\" or \"holdfast cluster add\" (disk {0})")]
+    Waiting(DiskIdentity),
+    #[error("it speaks the peer protocols {min} to {max}")]
+    Protocol { min: u32, max: u32 },
+    #[error("it belongs to cluster {0}")]
+    OtherCluster(String),
+    #[error("it is member {id} with disk {identity}")]
+    OtherReceiver { id: u64, identity: DiskIdentity },
+    #[error("the membership records disk {0} for the member that connects")]
+    OtherSender(DiskIdentity),
+    /// The sender's removal is committed.
+    #[error("the member that connects was removed from the cluster")]
     Removed,
+    #[error(
+        "the member that connects lacks its own start number {0}, which was seen here: its data directory is a copy, or was \
+         set back"
+    )]
+    SetBack(u64),
 }
 
 /// A request on an rpc connection.
@@ -66,6 +117,16 @@ pub enum Request {
     ChangeMembers(MemberChange),
     /// Asked by a leader that wants to hand over.
     MayLead,
+    /// The sender's published checksums; asks for the receiver's.
+    Checksums {
+        from: u64,
+        published: Vec<(u64, u64)>,
+    },
+    /// An operator's decision which checksum is right at an index.
+    AcceptChecksum {
+        index: u64,
+        value: u64,
+    },
 }
 
 /// The answer to a [`Request`].
@@ -83,6 +144,10 @@ pub enum Reply {
     MembersChanged(Result<MemberChanged, MemberError>),
     /// Whether the peer would be a good leader.
     MayLead(bool),
+    /// The peer's published checksums: log index and value.
+    Checksums(Vec<(u64, u64)>),
+    /// Whether the decision changed anything.
+    ChecksumAccepted(Result<bool, MemberError>),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]

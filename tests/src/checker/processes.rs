@@ -191,7 +191,7 @@ impl ProcessWatch {
     }
 
     /// See [`Seen::holders`].
-    pub(super) fn holders(&self, asked_ms: u64, came_ms: u64, held: BTreeMap<String, u64>) {
+    pub(crate) fn holders(&self, asked_ms: u64, came_ms: u64, held: BTreeMap<String, u64>) {
         self.seen().holders(asked_ms, came_ms, &held);
     }
 }

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::spawn;
@@ -57,6 +58,7 @@ impl Books {
 #[derive(Debug)]
 pub struct Resource {
     addr: SocketAddr,
+    listener: Arc<TcpListener>,
     books: Arc<Mutex<Books>>,
     stop: Arc<AtomicBool>,
 }
@@ -64,8 +66,9 @@ pub struct Resource {
 impl Drop for Resource {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
-        // Wakes the one that accepts.
-        let _ = TcpStream::connect(self.addr);
+        // Wakes the thread that accepts, whatever network namespace the listener is in.
+        // SAFETY: the descriptor is open while `self` lives.
+        unsafe { libc::shutdown(self.listener.as_raw_fd(), libc::SHUT_RDWR) };
     }
 }
 
@@ -88,22 +91,28 @@ fn serve(stream: &TcpStream, books: &Mutex<Books>) -> std::io::Result<()> {
 impl Resource {
     /// On a port of its own.
     pub fn start() -> Self {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port for the resource");
+        Self::on(TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port for the resource"))
+    }
+
+    /// On a listener, which may be in another network namespace.
+    pub fn on(listener: TcpListener) -> Self {
         let addr = listener.local_addr().expect("its address");
+        let listener = Arc::new(listener);
         let books: Arc<Mutex<Books>> = Arc::default();
         let stop: Arc<AtomicBool> = Arc::default();
-        let (shared, stopped) = (Arc::clone(&books), Arc::clone(&stop));
+        let (shared, stopped, accepting) = (Arc::clone(&books), Arc::clone(&stop), Arc::clone(&listener));
         spawn(move || {
-            for stream in listener.incoming().flatten() {
+            for stream in accepting.incoming() {
                 if stopped.load(Ordering::Relaxed) {
                     return;
                 }
+                let Ok(stream) = stream else { continue };
                 let books = Arc::clone(&shared);
                 // A backend that is killed breaks its connection: no error of anybody's.
                 spawn(move || serve(&stream, &books).ok());
             }
         });
-        Self { addr, books, stop }
+        Self { addr, listener, books, stop }
     }
 
     /// Where it listens.

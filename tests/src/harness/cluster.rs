@@ -8,9 +8,12 @@ use super::process::{Process, binary, kill_writers_below, libfaketime, target_tm
 use super::proxy::ProxySet;
 use super::wait::{LONG, SHORT, wait_until};
 use futures::stream::{FuturesUnordered, StreamExt};
-use holdfast_client::Client;
-use holdfast_wire::BackendStatus;
-use holdfast_wire::http::{BackendInfo, ClusterInfo, ConnectResponse, DronePage, KeyInfo, KeyPage};
+use holdfast_client::{Client, ClientError, RequestOptions};
+use holdfast_wire::http::{
+    BackendInfo, ClusterInfo, ConnectResponse, DronePage, InitCluster, KeyInfo, KeyPage, MemberInfo,
+    SetMember,
+};
+use holdfast_wire::{ApiErrorKind, BackendStatus};
 use reqwest::Method;
 use serde_json::Value;
 use std::net::SocketAddr;
@@ -22,14 +25,15 @@ use tempfile::TempDir;
 const STARTS_MAX: usize = 4;
 /// What a process says whose port is taken.
 const ADDRESS_IN_USE: &str = "Address already in use";
-/// Longest wait for one controller's word about the cluster.
+/// Longest wait for one controller's answer about the cluster, and for one attempt to form or change it.
 const INFO_WITHIN: Duration = Duration::from_secs(2);
 
 /// Controllers and drones, their data and their logs. Everything ends when this is dropped; logs are shown if the test
 /// failed.
 #[derive(Debug)]
 pub struct Cluster {
-    /// In the order of their ids, which begin at 1.
+    /// In the order in which `cluster init` named them, so that the first of them are members 1, 2, …; then those that
+    /// were made later. See [`Cluster::id`].
     pub controllers: Vec<Process>,
     /// `dr-0`, `dr-1`, …
     pub drones: Vec<Process>,
@@ -42,8 +46,21 @@ pub struct Cluster {
     /// What all backends of [`Cluster::backend`] write down.
     pub journal: Journal,
     addrs: Vec<SocketAddr>,
+    /// Member id of each controller, as far as it is known. One that has lost its disk has none.
+    ids: Vec<Option<u64>>,
     ports: PortBlock,
     dir: Option<TempDir>,
+}
+
+/// Where its peers reach a controller.
+fn peer_addr(controller: &Process) -> String {
+    let addr = controller.flag("--advertise-peer").or_else(|| controller.flag("--peer-listen"));
+    addr.expect("every controller has one").to_owned()
+}
+
+/// Whether a refused change of the membership is to be asked for again: another one is in progress, or `kind`.
+fn is_passing(error: &ClientError, kind: ApiErrorKind) -> bool {
+    error.kind().is_some_and(|found| found == kind || found == ApiErrorKind::ChangeInProgress)
 }
 
 fn flag(name: &str, value: impl ToString) -> (String, String) {
@@ -61,7 +78,15 @@ impl Cluster {
             let mut cluster = Self::prepare(&plan).await;
             cluster.controllers.iter_mut().for_each(Process::start);
             cluster.drones.iter_mut().for_each(Process::start);
-            match cluster.wait_ready(&plan).await {
+            let started = match plan.formed {
+                true => cluster.form(&plan).await,
+                false => cluster.wait_waiting(&plan).await,
+            };
+            let ready = match started {
+                Ok(()) if plan.formed => cluster.wait_ready(&plan).await,
+                started => started,
+            };
+            match ready {
                 Ok(()) => return cluster,
                 Err(problem) if attempt < STARTS_MAX && problem.contains(ADDRESS_IN_USE) => {}
                 Err(problem) => panic!("the cluster can't be started: {problem}"),
@@ -78,18 +103,14 @@ impl Cluster {
         let mut ports = PortBlock::take();
         let addrs: Vec<_> = (0..plan.controllers).map(|_| (ports.give(), ports.give())).collect();
         let name = "test.local:9090".to_owned();
-        let initial: Vec<_> = addrs.iter().zip(1..).map(|((_, peer), id)| format!("{id}={peer}")).collect();
         let mut controllers = Vec::new();
         for (index, (listen, peer)) in addrs.iter().enumerate() {
             let label = format!("controller-{}", index + 1);
             let mut flags = vec![
-                flag("--id", index + 1),
                 flag("--data-dir", path(label.clone()).display()),
                 flag("--listen", listen),
                 flag("--peer-listen", peer),
                 flag("--advertise-url", format!("http://{listen}")),
-                flag("--initial-cluster", initial.join(",")),
-                flag("--lease", &plan.lease),
             ];
             if !plan.election_timeout.is_empty() {
                 flags.push(flag("--election-timeout", &plan.election_timeout));
@@ -138,19 +159,68 @@ impl Cluster {
             env.iter().for_each(|(name, value)| controllers[*index].set_env(name, value));
         }
         let journal = Journal::new(dir.path().join("journal"));
-        Self { controllers, drones, links, name, http: Http::new(), journal, addrs, ports, dir: Some(dir) }
+        let (http, ids) = (Http::new(), vec![None; controllers.len()]);
+        Self { controllers, drones, links, name, http, journal, addrs, ids, ports, dir: Some(dir) }
+    }
+
+    /// Asks the first controller to form the cluster, until it is formed. An error is a process that has ended.
+    async fn form(&mut self, plan: &ClusterBuilder) -> Result<(), String> {
+        let members = self.controllers.iter().map(peer_addr).collect();
+        let lease = plan.lease.parse().unwrap_or_else(|e| panic!("the lease {}: {e}", plan.lease));
+        let init = InitCluster { members, lease: Some(lease) };
+        let (client, first) = (self.hasty_client(), self.url(0));
+        wait_until("the cluster is formed", plan.patience, async || {
+            if let Some(problem) = self.problem() {
+                return Ok(Err(problem));
+            }
+            match client.init_at(&first, &init).await {
+                Ok(_) => Ok(Ok(())),
+                // An earlier attempt was carried out, and its answer lost.
+                Err(error) if error.kind() == Some(ApiErrorKind::AlreadyInitialised) => Ok(Ok(())),
+                Err(error) => Err(error),
+            }
+        })
+        .await?;
+        self.ids = (1..=self.controllers.len() as u64).map(Some).collect();
+        Ok(())
+    }
+
+    /// Asks the first controller to form the cluster of all, as an operator does whose first init may have been interrupted.
+    pub async fn form_again(&mut self, lease: &str) {
+        let plan = ClusterBuilder::default().lease(lease);
+        self.form(&plan).await.unwrap_or_else(|problem| panic!("the cluster can't be formed: {problem}"));
+    }
+
+    /// Waits until all controllers answer.
+    async fn wait_waiting(&mut self, plan: &ClusterBuilder) -> Result<(), String> {
+        let (http, urls) = (self.http.clone(), self.urls());
+        wait_until("the controllers answer", plan.patience, async || {
+            if let Some(problem) = self.problem() {
+                return Ok(Err(problem));
+            }
+            for url in &urls {
+                http.send(Method::GET, &format!("{url}/pub/health"), &[], None).await?;
+            }
+            Ok::<_, reqwest::Error>(Ok(()))
+        })
+        .await
+    }
+
+    /// What a process that has ended has said.
+    fn problem(&mut self) -> Option<String> {
+        self.controllers.iter_mut().chain(&mut self.drones).find_map(|process| {
+            let status = process.ended()?;
+            Some(format!("{} ended ({status}): {}", process.label, process.log()))
+        })
     }
 
     async fn wait_ready(&mut self, plan: &ClusterBuilder) -> Result<(), String> {
         let http = self.http.clone();
         let urls = self.urls();
         wait_until("the cluster is ready", plan.patience, async || {
-            let all = self.controllers.iter_mut().chain(&mut self.drones);
-            for process in all {
-                if let Some(status) = process.ended() {
-                    // Said inside, since it ends the wait.
-                    return Ok(Err(format!("{} ended ({status}): {}", process.label, process.log())));
-                }
+            if let Some(problem) = self.problem() {
+                // Said inside, since it ends the wait.
+                return Ok(Err(problem));
             }
             for url in &urls {
                 let ready = http.send(Method::GET, &format!("{url}/ctrl/ready"), &[], None).await;
@@ -171,12 +241,48 @@ impl Cluster {
         Client::new(self.urls()).expect("URLs of controllers")
     }
 
+    /// A client that makes one short attempt, to be repeated by the test.
+    fn hasty_client(&self) -> Client {
+        let ms = u64::try_from(INFO_WITHIN.as_millis()).expect("a short time");
+        self.client().with_options(RequestOptions {
+            deadline_ms: ms,
+            attempt_ms: ms,
+            all_unreachable_ms: 0,
+            ..RequestOptions::default()
+        })
+    }
+
+    /// Member id of the controller at `index`. Panics if it has none, or none that the test has asked about.
+    pub fn id(&self, index: usize) -> u64 {
+        self.ids[index].unwrap_or_else(|| panic!("controller {} has no id", self.controllers[index].label))
+    }
+
+    /// Where its peers reach the controller at `index`.
+    pub fn peer_addr(&self, index: usize) -> String {
+        peer_addr(&self.controllers[index])
+    }
+
+    /// The member that the controller at `index` is, if it is one.
+    fn member<'a>(&self, info: &'a ClusterInfo, index: usize) -> Option<&'a MemberInfo> {
+        let addr = peer_addr(&self.controllers[index]);
+        info.members.iter().find(|member| match self.ids[index] {
+            Some(id) => member.id == id,
+            None => member.peer_addr == addr,
+        })
+    }
+
+    /// The controller that is the member of that id.
+    fn index_of(&self, info: &ClusterInfo, id: u64) -> Option<usize> {
+        (0..self.controllers.len())
+            .find(|index| self.member(info, *index).is_some_and(|found| found.id == id))
+    }
+
     /// Controllers' URLs.
     pub fn urls(&self) -> Vec<String> {
         (0..self.addrs.len()).map(|index| self.url(index)).collect()
     }
 
-    /// The URL of the controller at `index` (its id less one).
+    /// The URL of the controller at `index`.
     pub fn url(&self, index: usize) -> String {
         format!("http://{}", self.addrs[index])
     }
@@ -227,8 +333,10 @@ impl Cluster {
 
     /// The index of the leader.
     pub async fn leader(&self) -> usize {
-        let id = self.info().await.leader.expect("checked");
-        usize::try_from(id).expect("a small id") - 1
+        let info = self.info().await;
+        let id = info.leader.expect("checked");
+        self.index_of(&info, id)
+            .unwrap_or_else(|| panic!("the leader {id} is no controller of the test: {info:?}"))
     }
 
     /// Waits until another controller than `old` leads, and gives its index.
@@ -244,9 +352,13 @@ impl Cluster {
                 let answer = self.http.send(Method::GET, &url, &[], None).await;
                 if let Ok(answer) = &answer
                     && answer.status.is_success()
-                    && answer.read::<ClusterInfo>().leader == Some(index as u64 + 1)
                 {
-                    return Ok(index);
+                    let info: ClusterInfo = answer.read();
+                    if info.leader.is_some()
+                        && info.leader == self.member(&info, index).map(|member| member.id)
+                    {
+                        return Ok(index);
+                    }
                 }
                 seen.push(answer.map(|answer| answer.text).map_err(|e| e.to_string()));
             }
@@ -341,26 +453,27 @@ impl Cluster {
             .await;
     }
 
-    /// Makes ready a controller that joins through `join`, under the next id and with an empty data directory, and gives
-    /// its index. Start it by [`Cluster::restart_controller`].
+    /// Makes ready a controller with an empty data directory, and gives its index. It asks `join` to be added, or waits for
+    /// [`Cluster::add`] if that is empty. Start it by [`Cluster::restart_controller`].
     pub fn new_controller(&mut self, join: &[String]) -> usize {
         let index = self.controllers.len();
         let label = format!("controller-{}", index + 1);
         let (listen, peer) = (self.ports.give(), self.ports.give());
         let mut process = self.controllers[0].sibling(label.clone(), self.dir().join(format!("{label}.log")));
-        process.unset_flag("--initial-cluster");
         for (name, value) in [
-            ("--id", (index + 1).to_string()),
             ("--data-dir", self.dir().join(label).display().to_string()),
             ("--listen", listen.to_string()),
             ("--peer-listen", peer.to_string()),
             ("--advertise-url", format!("http://{listen}")),
-            ("--join", join.join(",")),
         ] {
             process.set_flag(name, &value);
         }
+        if !join.is_empty() {
+            process.set_flag("--join", &join.join(","));
+        }
         self.controllers.push(process);
         self.addrs.push(listen);
+        self.ids.push(None);
         index
     }
 
@@ -374,15 +487,79 @@ impl Cluster {
         index
     }
 
-    /// Waits until the controller at `index` has one of these roles.
-    pub async fn wait_role(&self, index: usize, roles: &[&str]) {
-        let id = index as u64 + 1;
-        wait_until(&format!("member {id} is {roles:?}"), LONG, async || {
+    /// Adds the waiting process at `index` to the cluster, and gives its new id. It is a learner at first.
+    pub async fn add(&mut self, index: usize) -> u64 {
+        let (client, peer_addr) = (self.client(), peer_addr(&self.controllers[index]));
+        let request = SetMember { id: None, peer_addr };
+        let done = wait_until(&format!("{} is added", request.peer_addr), LONG, async || {
+            match client.set_member(&request).await {
+                Ok(done) => Ok(done),
+                // Its peer port may not listen yet.
+                Err(error) if is_passing(&error, ApiErrorKind::InvalidRequest) => Err(error),
+                Err(error) => panic!("adding {}: {error}", request.peer_addr),
+            }
+        })
+        .await;
+        self.ids[index] = Some(done.id);
+        done.id
+    }
+
+    /// Removes a member for good, whether its process runs or not.
+    pub async fn remove(&self, id: u64) {
+        let client = self.client();
+        wait_until(&format!("member {id} is removed"), LONG, async || match client.remove_member(id).await {
+            Ok(done) => Ok(done),
+            // Whether enough of the others answer is known only after some heartbeats.
+            Err(error) if is_passing(&error, ApiErrorKind::ChangeUnsafe) => Err(error),
+            Err(error) => panic!("removing member {id}: {error}"),
+        })
+        .await;
+    }
+
+    /// Kills the controller at `index` and empties its disk. What is started on it is a new process, which waits; the
+    /// member that it was will never answer again. Gives that member's id.
+    pub fn wipe(&mut self, index: usize) -> u64 {
+        self.controllers[index].kill9();
+        let dir = self.controllers[index].flag("--data-dir").expect("every controller has one").to_owned();
+        std::fs::remove_dir_all(&dir).unwrap_or_else(|e| panic!("emptying {dir}: {e}"));
+        self.ids[index].take().unwrap_or_else(|| panic!("controller {index} was no member"))
+    }
+
+    /// As an operator does after a disk was lost: removes the member that was [wiped](Self::wipe), adds the emptied process
+    /// at the same address, and waits until it votes. Gives its new id.
+    pub async fn replace(&mut self, index: usize, lost_id: u64) -> u64 {
+        if self.controllers[index].pid().is_none() {
+            self.restart_controller(index);
+        }
+        self.remove(lost_id).await;
+        let id = self.add(index).await;
+        assert!(id > lost_id, "id {id} after {lost_id}");
+        self.wait_role(index, &["follower", "leader"]).await;
+        self.wait_controller(index).await;
+        id
+    }
+
+    /// Waits until the controller at `index` has one of these roles, and gives its id.
+    pub async fn wait_role(&mut self, index: usize, roles: &[&str]) -> u64 {
+        let label = &self.controllers[index].label;
+        let id = wait_until(&format!("{label} is {roles:?}"), LONG, async || {
             let info = self.info().await;
-            match info.members.iter().find(|member| member.id == id) {
-                Some(member) if roles.contains(&member.role.as_str()) => Ok(()),
+            match self.member(&info, index) {
+                Some(member) if roles.contains(&member.role.as_str()) => Ok(member.id),
                 _ => Err((info, self.controllers[index].log_tail())),
             }
+        })
+        .await;
+        self.ids[index] = Some(id);
+        id
+    }
+
+    /// Waits until the leader says this of the controller at `index`.
+    pub async fn wait_problem(&self, index: usize, said: &str) {
+        wait_until(&format!("{said:?} is said of {}", self.controllers[index].label), LONG, async || {
+            let info = self.info().await;
+            let problem = self.member(&info, index).and_then(|member| member.problem.as_deref());
+            problem.is_some_and(|problem| problem.contains(said)).then_some(()).ok_or(info)
         })
         .await;
     }

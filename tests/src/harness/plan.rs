@@ -41,6 +41,7 @@ pub struct ClusterBuilder {
     pub(super) clocks: Vec<(Who, Clock)>,
     pub(super) controller_flags: Vec<(String, String)>,
     pub(super) disks: Vec<ControllerDisk>,
+    pub(super) formed: bool,
     pub(super) patience: Duration,
 }
 
@@ -56,6 +57,7 @@ impl Default for ClusterBuilder {
             clocks: Vec::new(),
             controller_flags: Vec::new(),
             disks: Vec::new(),
+            formed: true,
             patience: LONG,
         }
     }
@@ -76,7 +78,7 @@ impl ClusterBuilder {
         self
     }
 
-    /// Lease durations, in the form of `--lease`.
+    /// Lease durations of the cluster, in the form of `cluster init --lease`.
     #[must_use]
     pub fn lease(mut self, lease: &str) -> Self {
         self.lease = lease.to_owned();
@@ -102,6 +104,13 @@ impl ClusterBuilder {
     pub fn controller_disk(mut self, index: usize, dir: &Path, env: Vec<(String, String)>) -> Self {
         self.disks.push((index, dir.to_owned(), env));
         self
+    }
+
+    /// The controllers are left waiting: the test forms the cluster. Only without drones.
+    #[must_use]
+    pub fn waiting(mut self) -> Self {
+        self.formed = false;
+        self.drones(0)
     }
 
     /// Each drone reaches the controllers only through its own proxies: `Cluster::links`.
@@ -153,7 +162,7 @@ impl ClusterBuilder {
         self
     }
 
-    /// Starts everything and waits until each controller serves and each drone can be scheduled to.
+    /// Starts everything, forms the cluster, and waits until each controller serves and each drone can be scheduled to.
     pub async fn start(self) -> Cluster {
         Cluster::start(self).await
     }

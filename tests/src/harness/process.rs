@@ -90,6 +90,11 @@ impl Process {
         Self { label, program, flags, env, log, child: None }
     }
 
+    /// The value of a flag.
+    pub(super) fn flag(&self, flag: &str) -> Option<&str> {
+        self.flags.iter().find(|(name, _)| name == flag).map(|(_, value)| value.as_str())
+    }
+
     /// Leaves a flag out at the next start.
     pub fn unset_flag(&mut self, flag: &str) {
         self.flags.retain(|(name, _)| name != flag);

@@ -430,8 +430,8 @@ async fn replicas_have_equal_checksums_after_a_random_run() {
         })
         .collect();
     connect(&cluster, "first").await;
-    let mut checksums: BTreeMap<u64, [Option<u64>; 3]> = BTreeMap::new();
-    let collect = async |cluster: &Cluster, checksums: &mut BTreeMap<u64, [Option<u64>; 3]>| {
+    let mut checksums: BTreeMap<u64, [Option<String>; 3]> = BTreeMap::new();
+    let collect = async |cluster: &Cluster, checksums: &mut BTreeMap<u64, [Option<String>; 3]>| {
         for at in 0..3 {
             if cluster.controllers[at].pid().is_some() {
                 let url = format!("{}/ctrl/cluster?consistency=local", cluster.url(at));
@@ -480,13 +480,13 @@ async fn replicas_have_equal_checksums_after_a_random_run() {
     let (index, values) = wait_until("all replicas publish a checksum at one index", LONG, async || {
         collect(&cluster, &mut checksums).await;
         let (index, values) = checksums.last_key_value().expect("collected");
-        if values.iter().all(Option::is_some) { Ok((*index, *values)) } else { Err(checksums.clone()) }
+        if values.iter().all(Option::is_some) { Ok((*index, values.clone())) } else { Err(checksums.clone()) }
     })
     .await;
     assert!(index > 0, "no checksum was ever published: {values:?}");
     let mut compared = 0;
     for (index, values) in &checksums {
-        let known: BTreeSet<u64> = values.iter().flatten().copied().collect();
+        let known: BTreeSet<&String> = values.iter().flatten().collect();
         assert!(known.len() <= 1, "replicas differ at {index}: {values:?}");
         compared += usize::from(values.iter().flatten().count() > 1);
     }

@@ -1,7 +1,7 @@
 //! `holdfast dev`: a whole cluster on this machine, until Ctrl-C.
 //!
 //! ```text
-//!   plan ──▶ controllers started ──ready──▶ drones started ──ready──▶ summary, watch ──signal──▶ stop
+//!   plan ──▶ controllers started ──init, ready──▶ drones started ──ready──▶ summary, watch ──signal──▶ stop
 //!                 │ one ends, or time is up                              │ one ends: say so       drones first
 //!                 └──────────────▶ its log's end, stop                   └ the last ends: stop
 //! ```
@@ -17,7 +17,8 @@ use crate::output::Out;
 use children::{Patience, Running, any_alive, described, next_end, start, stop};
 use futures::TryStreamExt;
 use futures::future::join_all;
-use holdfast_client::{Client, DroneFilter, RequestOptions};
+use holdfast_client::wire::ApiErrorKind;
+use holdfast_client::{Client, ClientError, DroneFilter, RequestOptions};
 use nix::sys::signal::Signal;
 use plan::Plan;
 use std::io::{Read, Seek, SeekFrom};
@@ -150,6 +151,9 @@ async fn live(
         cluster.controllers += 1;
     }
     let children = &mut cluster.children;
+    if !get_ready("the cluster", formed(&client, plan), children, signals).await? {
+        return Ok(());
+    }
     if !get_ready("the controllers", controllers_ready(&client, plan), children, signals).await? {
         return Ok(());
     }
@@ -201,6 +205,22 @@ async fn get_ready(
                 running.map(log_end).unwrap_or_default()
             )))
         }
+    }
+}
+
+/// Forms the cluster, unless the data directories are those of one. Asks again while not all of its members answer.
+async fn formed(client: &Client, plan: &Plan) {
+    let Some(first) = plan.controllers.first() else { return };
+    let init = plan.init();
+    loop {
+        match client.init_at(&first.url, &init).await {
+            Ok(_) => return,
+            Err(ClientError::Refused(refusal, _)) if refusal.kind == ApiErrorKind::AlreadyInitialised => {
+                return;
+            }
+            Err(error) => tracing::debug!(%error, "the cluster is not formed yet"),
+        }
+        sleep(READY_POLL).await;
     }
 }
 

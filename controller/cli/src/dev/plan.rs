@@ -2,6 +2,8 @@
 
 use crate::args::DevArgs;
 use crate::error::CliError;
+use holdfast_client::wire::LeaseConfig;
+use holdfast_client::wire::http::InitCluster;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
@@ -41,6 +43,7 @@ pub(crate) struct Plan {
     pub(crate) cluster: String,
     pub(crate) controllers: Vec<Controller>,
     pub(crate) drones: Vec<Drone>,
+    lease: Option<LeaseConfig>,
 }
 
 impl Plan {
@@ -59,24 +62,17 @@ impl Plan {
         for id in 1..=args.controllers {
             addresses.push((id, address(id)?, address(PEER_PORT_OFFSET + id)?));
         }
-        let initial_cluster =
-            addresses.iter().map(|(id, _, peer)| format!("{id}={peer}")).collect::<Vec<_>>().join(",");
         let controllers: Vec<Controller> = addresses
             .into_iter()
             .map(|(id, listen, peer_listen)| {
                 let (name, url) = (format!("controller-{id}"), format!("http://{listen}"));
-                let mut flags = vec![
-                    ("--id", id.to_string()),
+                let flags = vec![
                     ("--data-dir", path(&name)),
                     ("--listen", listen.to_string()),
                     ("--peer-listen", peer_listen.to_string()),
                     ("--advertise-url", url.clone()),
-                    ("--initial-cluster", initial_cluster.clone()),
                     ("--default-cluster", cluster.clone()),
                 ];
-                if let Some(lease) = &args.lease {
-                    flags.push(("--lease", lease.to_string()));
-                }
                 let log = dir.join(format!("{name}.log"));
                 let process = Process { label: format!("controller {id}"), args: words(flags), log };
                 Controller { id, url, listen, peer_listen, process }
@@ -100,7 +96,13 @@ impl Plan {
                 Drone { name, process }
             })
             .collect();
-        Ok(Self { cluster, controllers, drones })
+        Ok(Self { cluster, controllers, drones, lease: args.lease })
+    }
+
+    /// What forms the cluster.
+    pub(crate) fn init(&self) -> InitCluster {
+        let members = self.controllers.iter().map(|controller| controller.peer_listen.to_string()).collect();
+        InitCluster { members, lease: self.lease }
     }
 
     /// Where the controllers answer.
@@ -127,10 +129,10 @@ mod tests {
         let first = &plan.controllers[0];
         assert_eq!(
             first.process.args.join(" "),
-            "--id 1 --data-dir /d/controller-1 --listen 127.0.0.1:7101 --peer-listen 127.0.0.1:7201 \
-             --advertise-url http://127.0.0.1:7101 \
-             --initial-cluster 1=127.0.0.1:7201,2=127.0.0.1:7202,3=127.0.0.1:7203 --default-cluster localhost:7100"
+            "--data-dir /d/controller-1 --listen 127.0.0.1:7101 --peer-listen 127.0.0.1:7201 \
+             --advertise-url http://127.0.0.1:7101 --default-cluster localhost:7100"
         );
+        assert_eq!(plan.init().members, ["127.0.0.1:7201", "127.0.0.1:7202", "127.0.0.1:7203"]);
         assert_eq!(
             plan.drones[1].process.args.join(" "),
             "--name dr-b --controller http://127.0.0.1:7101,http://127.0.0.1:7102,http://127.0.0.1:7103 \
@@ -143,9 +145,7 @@ mod tests {
     fn a_lease_is_passed_on() {
         let lease = "renew=1s,soft=2s,hard=3s,expiry=4s".parse().unwrap();
         let plan = Plan::new(&DevArgs { lease: Some(lease), ..args(7100) }, Path::new("/d")).unwrap();
-        assert!(plan.controllers.iter().all(|c| {
-            c.process.args.ends_with(&["--lease".to_owned(), "renew=1s,soft=2s,hard=3s,expiry=4s".to_owned()])
-        }));
+        assert_eq!(plan.init().lease, Some(lease));
     }
 
     #[test]

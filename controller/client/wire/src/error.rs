@@ -45,11 +45,14 @@ pub enum ApiErrorKind {
     KeyNotExpired,
     /// 503: a stated bound is reached; nothing was done.
     Overloaded,
-    /// 409: the id belongs to a member that was removed, or to a voter that is not the one who asks.
+    /// 409: the id or the process belongs to a member already, or to one that was removed.
     MemberIdUsed,
+    /// 409: the controller that was asked to form a cluster is a member of one.
+    AlreadyInitialised,
     /// 409 with `Retry-After`: another change of the membership is under way; nothing was done.
     ChangeInProgress,
-    /// 409: after that change of the membership the cluster could not go on; nothing was done.
+    /// 409: after that change of the membership the cluster could not continue, or a member that it needs does not answer or
+    /// is bound to something else; nothing was done.
     ChangeUnsafe,
     /// 500: a fault of this controller.
     #[serde(other)]
@@ -61,7 +64,9 @@ impl ApiErrorKind {
     pub fn http_status(self) -> u16 {
         match self {
             Self::KeyHeld | Self::KeyUnheldNoSpawnConfig | Self::BackendIdUsed | Self::KeyNotExpired => 409,
-            Self::MemberIdUsed | Self::ChangeInProgress | Self::ChangeUnsafe => 409,
+            Self::MemberIdUsed | Self::AlreadyInitialised | Self::ChangeInProgress | Self::ChangeUnsafe => {
+                409
+            }
             Self::NoClusterProvided | Self::InvalidRequest => 400,
             Self::NoDroneAvailable | Self::NoLeader | Self::Overloaded => 503,
             Self::NotFound => 404,

@@ -502,6 +502,9 @@ pub struct ClusterInfo {
     pub members: Vec<MemberInfo>,
     /// State checksum at a fixed log index.
     pub checksum: Checksum,
+    /// How the replicas' checksums compare.
+    #[serde(default)]
+    pub checksum_agreement: ChecksumAgreement,
     /// Lease durations; absent before the cluster is formed.
     pub lease: Option<crate::lease::LeaseConfig>,
 }
@@ -515,6 +518,12 @@ pub struct MemberInfo {
     pub url: Option<String>,
     /// Its peer address.
     pub peer_addr: String,
+    /// Identity of the disk that the id belongs to, hexadecimal.
+    #[serde(default)]
+    pub identity: String,
+    /// What keeps the answering controller from talking to it, and what to do; absent if nothing does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
     /// `leader`, `follower`, `learner` or `unknown`.
     pub role: String,
     /// Last log index known here.
@@ -525,19 +534,42 @@ pub struct MemberInfo {
     pub lag: Option<u64>,
 }
 
+/// POST `/ctrl/cluster/init`, to a waiting controller.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InitCluster {
+    /// Peer addresses of the members, `HOST:PORT`; their ids will be 1..n in this order.
+    pub members: Vec<String>,
+    /// Lease durations; the defaults if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease: Option<crate::lease::LeaseConfig>,
+}
+
+/// The cluster that an init formed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InitResult {
+    /// The cluster's id.
+    pub cluster_id: String,
+    /// Its members.
+    pub members: Vec<NewMember>,
+}
+
+/// A member of a new cluster.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewMember {
+    /// Member id.
+    pub id: u64,
+    /// Where its peers reach it.
+    pub peer_addr: String,
+}
+
 /// POST `/ctrl/cluster/members`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct AddMember {
-    /// Member id: one that no member ever had, or the member whose address changes.
-    pub id: u64,
+pub struct SetMember {
+    /// The member whose address changes; absent to add the process that waits at the address, which gets the next id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<u64>,
     /// Where its peers reach it, `HOST:PORT`.
     pub peer_addr: String,
-    /// Said by a member that asks for itself and has an empty data directory.
-    #[serde(default)]
-    pub joining: bool,
-    /// Version of the peer protocol that it speaks; 0 if that is not said.
-    #[serde(default)]
-    pub protocol: u32,
 }
 
 /// What became of a member.
@@ -559,18 +591,74 @@ pub struct TransferLeader {
     pub to: Option<u64>,
 }
 
-/// State checksum, comparable between replicas at the same index.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// State checksum, comparable between replicas at the same index. Also the body of POST `/ctrl/cluster/checksum`: the
+/// operator's choice of the one that is right.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Checksum {
     /// Log index at which it was taken.
     pub index: u64,
-    /// Its value.
-    pub value: u64,
+    /// Its value, sixteen hexadecimal digits: JSON numbers are exact only up to 2^53.
+    pub value: String,
+}
+
+impl Checksum {
+    /// The checksum `value` at `index`.
+    pub fn new(index: u64, value: u64) -> Self {
+        Self { index, value: format!("{value:016x}") }
+    }
+
+    /// The value as a number.
+    pub fn number(&self) -> Result<u64, FieldError> {
+        let digits = !self.value.is_empty() && self.value.bytes().all(|byte| byte.is_ascii_hexdigit());
+        u64::from_str_radix(&self.value, 16).ok().filter(|_| digits).ok_or_else(|| {
+            FieldError::new(
+                "value",
+                "must be a checksum, at most 16 hexadecimal digits, as cluster status shows it",
+            )
+        })
+    }
+}
+
+/// How the replicas' checksums compare, as the answering replica sees it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChecksumAgreement {
+    /// `waiting` (too few are known), `agrees` (a majority has this replica's), `undecided` (they differ, and too few are
+    /// known), `split` (they differ and no majority agrees: no key is acquired until an operator decides) or `minority`
+    /// (this replica's state is wrong).
+    pub state: String,
+    /// Log index at which that was found.
+    pub index: u64,
+    /// Members' checksums there, where they differ without a majority.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub values: Vec<MemberChecksum>,
+    /// Other members whose checksum differs from that of the majority.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub differing: Vec<u64>,
+}
+
+/// The checksum of one member.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemberChecksum {
+    /// Member id.
+    pub member: u64,
+    /// Its checksum, sixteen hexadecimal digits.
+    pub value: String,
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_checksum_is_hexadecimal_text() {
+        assert_eq!(Checksum::new(8, 255), Checksum { index: 8, value: "00000000000000ff".to_owned() });
+        let number = |text: &str| Checksum { index: 8, value: text.to_owned() }.number().ok();
+        assert_eq!(number("00000000000000ff"), Some(255));
+        assert_eq!((number("FF"), number("ffffffffffffffff")), (Some(255), Some(u64::MAX)));
+        for bad in ["", "+1", "0xff", "g", "10000000000000000", " 1"] {
+            assert_eq!(number(bad), None, "{bad:?}");
+        }
+    }
 
     #[test]
     fn a_longer_wait_is_capped_and_not_refused() {

@@ -18,6 +18,10 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
         }
         let refused = |refusal| Ok(Outcome::Refused(refusal));
         let Some(spawn) = &request.spawn else { return refused(Refusal::NoSpawnConfig) };
+        if let Some(split) = &self.checksums.split {
+            // On some replica this key may be held (invariant 6).
+            return refused(Refusal::ChecksumsDiffer { index: split.index });
+        }
         if let Some(wait_ms) = self.view().quarantine_left_ms(self.now_ms)? {
             // The backup cannot know who got this key after it was made (invariant 1).
             return refused(Refusal::Restored { wait_ms });

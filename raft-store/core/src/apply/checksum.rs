@@ -2,7 +2,7 @@
 
 use super::Position;
 use crate::kv::{Head, ReadState, Txn, Writes};
-use crate::limits::{CHECKSUM_EVERY, CHECKSUMS_KEPT};
+use crate::limits::{CHECKSUM_EVERY, CHECKSUM_LEVEL_FACTOR, CHECKSUM_LEVELS, CHECKSUMS_PER_LEVEL};
 use crate::records::ProgressRecord;
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -54,14 +54,23 @@ fn advance(index: u64, writes: &Writes, progress: &ProgressRecord) -> u64 {
     xxh3_64(&hashed.0)
 }
 
+/// Whether the checksum published at `index` is kept once `newest` is published: see [`crate::limits::CHECKSUM_LEVELS`].
+fn is_kept(index: u64, newest: u64) -> bool {
+    let age = newest.saturating_sub(index);
+    (0..CHECKSUM_LEVELS).any(|level| {
+        let spacing = CHECKSUM_EVERY * CHECKSUM_LEVEL_FACTOR.pow(level);
+        index.is_multiple_of(spacing) && age < spacing * CHECKSUMS_PER_LEVEL
+    })
+}
+
 /// Ends an entry: the checksum takes in its writes and the progress, and is published if it is time.
 pub(super) fn seal<R: ReadState + ?Sized>(txn: &mut Txn<'_, R>, at: Position, mut head: Head) {
     let progress = &mut head.progress;
     progress.checksum = advance(at.index, txn.entry_writes(), progress);
     if at.index.is_multiple_of(CHECKSUM_EVERY) {
         progress.published.push((at.index, progress.checksum));
-        let excess = progress.published.len().saturating_sub(CHECKSUMS_KEPT);
-        progress.published.drain(..excess);
+        let record = &head.checksums;
+        progress.published.retain(|(index, _)| is_kept(*index, at.index) || record.names(*index));
     }
     txn.put_head(head);
 }
@@ -70,6 +79,25 @@ pub(super) fn seal<R: ReadState + ?Sized>(txn: &mut Txn<'_, R>, at: Position, mu
 mod tests {
     use super::*;
     use crate::kv::Table;
+
+    #[test]
+    fn older_checksums_are_kept_in_ever_wider_steps() {
+        let newest = 5_000_000 / CHECKSUM_EVERY * CHECKSUM_EVERY;
+        let all = (1..=newest / CHECKSUM_EVERY).map(|n| n * CHECKSUM_EVERY);
+        let kept: Vec<u64> = all.filter(|index| is_kept(*index, newest)).collect();
+        assert!(kept.len() <= crate::limits::CHECKSUMS_KEPT - 2, "{}", kept.len());
+        assert_eq!(kept.last(), Some(&newest));
+        assert!(newest - kept[0] > 900_000, "{kept:?}");
+        // A replica that is far behind finds an index in common, and one near where it stands.
+        for behind in [100, 1_000, 10_000, 100_000, 900_000] {
+            let stands = (newest - behind) / CHECKSUM_EVERY * CHECKSUM_EVERY;
+            let common = kept.iter().rev().find(|index| is_kept(**index, stands) && **index <= stands);
+            assert!(
+                common.is_some_and(|index| stands - index <= behind.max(4096) * 2),
+                "{behind}: {common:?}"
+            );
+        }
+    }
 
     #[test]
     fn the_hash_is_pinned() {

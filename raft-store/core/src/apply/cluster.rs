@@ -23,9 +23,8 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
             terminated_keep_ms: form.terminated_keep_ms,
         };
         if let Some(mut restored) = self.view().restored()? {
-            // The old cluster's durations, whoever proposes: its backends are still running by them. Identity and
-            // secret are new, so that its drones, and whoever holds its tokens, can tell the difference.
-            record.cluster_id.insert_str(0, &restored.id_prefix);
+            // The old cluster's durations, whatever is proposed: its backends are still running by them. Identity and
+            // secret are new, so that its drones, and those that hold its tokens, can tell the difference.
             record.lease = restored.lease;
             record.terminated_keep_ms = restored.terminated_keep_ms;
             let quarantine_ms = restored.quarantine_ms.max(restored.lease.expiry_ms);

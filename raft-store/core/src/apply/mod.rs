@@ -14,6 +14,7 @@
 mod acquire;
 mod actions;
 mod checksum;
+mod checksum_split;
 mod cluster;
 mod drones;
 mod ends;
@@ -149,6 +150,8 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
             Command::Tick => Ok(Outcome::Done),
             Command::Together(commands) => self.together(commands),
             Command::EndDue => self.end_due(),
+            Command::ChecksumSplit { index, values } => self.note_checksum_split(*index, values),
+            Command::AcceptChecksum { index, value } => self.accept_checksum(*index, *value),
         }
     }
 

@@ -4,7 +4,9 @@ use super::Position;
 use crate::codec::encode;
 use crate::kv::{Head, ReadState, StateError, Table, Txn, keys};
 use crate::outcome::Effect;
-use crate::records::{ActionRecord, BackendRecord, ClusterRecord, DroneRecord, KeyRecord, ProgressRecord};
+use crate::records::{
+    ActionRecord, BackendRecord, ChecksumsRecord, ClusterRecord, DroneRecord, KeyRecord, ProgressRecord,
+};
 use crate::view::View;
 use std::collections::BTreeSet;
 
@@ -21,6 +23,8 @@ pub(super) struct Step<'s, 'b, R: ReadState + ?Sized> {
     pub(super) own_term_only: bool,
     /// Written back when the entry ends.
     pub(super) progress: ProgressRecord,
+    /// Read by every entry that publishes a checksum; [`Self::put_checksums`] writes it.
+    pub(super) checksums: ChecksumsRecord,
     cluster: Option<ClusterRecord>,
     effects: BTreeSet<Effect>,
     next_terminate_sub: u32,
@@ -41,7 +45,7 @@ impl<'s, 'b, R: ReadState + ?Sized> Step<'s, 'b, R> {
         txn: &'s mut Txn<'b, R>,
         at: Position,
         own_term_only: bool,
-        Head { cluster, progress }: Head,
+        Head { cluster, progress, checksums }: Head,
     ) -> Self {
         Self {
             txn,
@@ -49,6 +53,7 @@ impl<'s, 'b, R: ReadState + ?Sized> Step<'s, 'b, R> {
             now_ms: progress.cluster_time_ms,
             own_term_only,
             progress,
+            checksums,
             cluster,
             effects: BTreeSet::new(),
             next_terminate_sub: SPAWN_SUB + 1,
@@ -57,7 +62,8 @@ impl<'s, 'b, R: ReadState + ?Sized> Step<'s, 'b, R> {
 
     /// What the entry leaves: the head to be sealed, and who has to look.
     pub(super) fn finish(self) -> (Head, Vec<Effect>) {
-        (Head { cluster: self.cluster, progress: self.progress }, self.effects.into_iter().collect())
+        let head = Head { cluster: self.cluster, progress: self.progress, checksums: self.checksums };
+        (head, self.effects.into_iter().collect())
     }
 
     pub(super) fn view(&self) -> View<&Txn<'b, R>> {
@@ -89,6 +95,11 @@ impl<'s, 'b, R: ReadState + ?Sized> Step<'s, 'b, R> {
     pub(super) fn put_cluster(&mut self, record: ClusterRecord) {
         self.txn.put(Table::Meta, keys::CLUSTER.to_vec(), encode(&record));
         self.cluster = Some(record);
+    }
+
+    pub(super) fn put_checksums(&mut self, record: ChecksumsRecord) {
+        self.txn.put(Table::Meta, keys::CHECKSUMS.to_vec(), encode(&record));
+        self.checksums = record;
     }
 
     pub(super) fn put_key(&mut self, namespace: &str, name: &str, record: &KeyRecord) {
