@@ -48,7 +48,7 @@ figures-drone: build ## connect to ready and its parts, memory of guards, CPU of
 rolling: build ## how long clients pause while each controller is restarted under load, measured here
 	target/release/rolling
 
-model: ## explore the model of the membership protocol within large bounds; ten minutes, 6 GiB
+model: ## explore the model of the membership protocol within large bounds; ten minutes on two idle cores, 4 GiB
 	$(CARGO) run --release -p holdfast-model -- $(MODEL_FLAGS)
 
 clean: ## remove target/

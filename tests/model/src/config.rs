@@ -10,7 +10,7 @@ pub enum Variant {
     /// Every founder writes the initial membership by itself once it has seen the others.
     EveryoneInitialises,
     /// A process that answers an init notes nothing.
-    AnswersBindNobody,
+    AnswersBindNoOne,
     /// The identity is in a file beside the log: the log can be lost alone.
     IdentityBesideLog,
     /// A change of address records the identity that answers there, and names that process in the same dial.
@@ -27,14 +27,15 @@ pub enum Variant {
     UsedByUncommitted,
     /// A leader sends learners entries that are not yet committed, as openraft does.
     LearnersGetUncommitted,
-    /// A learner gets what waits for the commit as soon as its leader may learn that it leads no more: the connection
-    /// ends, and nothing is held back at its end.
+    /// A learner gets what waits for the commit as soon as its leader may learn that it leads no more: the
+    /// connection ends, and nothing is held back at its end.
     LearnersGetRestAtEnd,
     /// A learner is made a voter whether or not the present voters answer.
     PromotesWhileVotersAreSilent,
     /// A learner may stand for election. Its own vote does not count.
     LearnersStand,
-    /// The next id is one more than the largest id in the membership, so that the id of a removed member returns.
+    /// The next id is one more than the largest id in the membership, so that the id of a removed member
+    /// returns.
     ReusesIds,
     /// A restored cluster acquires keys at once.
     RestoreWithoutQuarantine,
@@ -82,12 +83,13 @@ pub struct Limits {
     pub restores: u8,
     /// An append carries any number of entries instead of all that the leader has.
     pub partial_appends: bool,
-    /// Whether one append at a time may be in flight, and arrive when its sender leads no more or has lost its disk.
+    /// Whether one append at a time may be in flight, and arrive when its sender leads no more or has lost
+    /// its disk.
     pub late_request: bool,
     /// Whether "a majority of good disks serves in the end" is checked in every state.
     pub recovery: bool,
-    /// Whether states that differ in the numbers of the founders alone count as one. The steps of a counterexample
-    /// then name members by changing numbers.
+    /// Whether states that differ in the numbers of the founders alone count as one. The steps of a
+    /// counterexample then name members by changing numbers.
     pub symmetry: bool,
 }
 

@@ -44,14 +44,15 @@ impl Holdfast {
         let id = Self::id_in(self.command(init)?.1, slot)?;
         let target = state.at(slot)?;
         let same = |own: Naming| process.naming.is_some_and(|n| (n.cluster, id) == (own.cluster, own.id));
-        if slot != coordinator && !self.is(Variant::AnswersBindNobody) && !target.naming.is_none_or(same) {
+        if slot != coordinator && !self.is(Variant::AnswersBindNoOne) && !target.naming.is_none_or(same) {
             return None;
         }
         let answer = target.identity;
         let mut next = state.clone();
         let process = next.at_mut(coordinator)?;
         let asked = process.asked.get_or_insert(Asked { init, answers: [0; IDS], bound: 0 });
-        // All are asked before the first is bound. An init that is repeated begins again, which is a crash here.
+        // All are asked before the first is bound. An init that is repeated begins again, which is a crash
+        // here.
         if asked.bound != 0 {
             return None;
         }
@@ -75,8 +76,8 @@ impl Holdfast {
         Some(next)
     }
 
-    /// The coordinator binds a founder to its cluster id. A founder that waits notes it durably; one that is bound
-    /// to anything else refuses.
+    /// The coordinator binds a founder to its cluster id. A founder that waits notes it durably; one that is
+    /// bound to anything else refuses.
     pub(crate) fn bind_founder(&self, state: &State, init: u8, slot: Slot) -> Option<State> {
         let (coordinator, process) = self.coordinator(state, init)?;
         let list = self.command(init)?.1;
@@ -89,7 +90,7 @@ impl Holdfast {
             return None;
         }
         let mut next = state.clone();
-        if !self.is(Variant::AnswersBindNobody) {
+        if !self.is(Variant::AnswersBindNoOne) {
             let founder = next.at_mut(slot)?;
             if founder.identity != answer || founder.naming.is_some_and(|own| own != naming) {
                 return None;

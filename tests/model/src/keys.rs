@@ -43,7 +43,8 @@ impl Holdfast {
         Some(next)
     }
 
-    /// Notes the acquisitions that a leader has applied among its entries up to `len`: their backends may run.
+    /// Notes the acquisitions that a leader has applied among its entries up to `len`: their backends may
+    /// run.
     pub(crate) fn grant(&self, next: &mut State, leader: &Process, len: usize) {
         let base = leader.naming.map_or(0, |naming| next.clusters[usize::from(naming.cluster)].base);
         let mut holder = None;

@@ -1,70 +1,102 @@
-//! A model of how a cluster is formed, changed and repaired, and of Raft underneath, which a checker explores.
+//! A model of how a cluster is formed, changed and repaired, and of Raft underneath, which a checker
+//! explores.
 //!
 //! # The question
 //!
-//! A replica that lost its disk has forgotten its votes and what it acknowledged. If it takes part under its old id, two
-//! leaders can commit different entries at one index, and two backends of one key run. The rules in the design's chapter
-//! "Membership" exclude that: an id belongs to a *disk identity*, which is lost exactly when the votes and the log are,
-//! and no process ever decides by itself that a cluster exists. This crate asks whether these rules are enough, for
-//! every order of events within bounds; and, by breaking one rule at a time, whether each is needed.
+//! A replica that lost its disk has forgotten its votes and what it acknowledged. If it takes part under its
+//! old id, two leaders can commit different entries at one index, and two backends of one key run. The rules
+//! in the design's chapter "Membership" exclude that: an id belongs to a *disk identity*, which is lost
+//! exactly when the votes and the log are, and no process ever decides by itself that a cluster exists. This
+//! crate asks whether these rules are enough, for every order of events within bounds; and, by breaking one
+//! rule at a time, whether each is needed.
 //!
 //! # A state
 //!
-//! [`State`] holds a process at each address with its disk (identity, the durable record that names it, term, vote, log,
-//! how much is applied) and its role; the answers in flight; and a history that no process knows: who led each
-//! term, what was acknowledged, which acquisitions were granted and whose lease is over.
+//! [`State`] holds a process at each address with its disk (identity, the durable record that names it, term,
+//! vote, log, how much is applied) and its role; the answers in flight; and a history that no process knows:
+//! who led each term, what was acknowledged, which acquisitions were granted and whose lease is over.
 //!
-//! A log entry is a membership (initial, learner added, voters changed jointly as openraft does it, member removed,
-//! address changed), the blank entry of a new leader, or an acquisition or release of the one key. The token of an
-//! acquisition is the index of its entry.
+//! A log entry is a membership (initial, learner added, voters changed jointly as openraft does it, member
+//! removed, address changed), the blank entry of a new leader, or an acquisition or release of the one key.
+//! The token of an acquisition is the index of its entry.
 //!
 //! # A step
 //!
-//! A [`Step`] is an event at one process, or a request that one process sends and another handles at once. *Answers* are
-//! not part of that step. A granted vote or an acknowledged append stays in flight, and its candidate or leader counts
-//! it at any later moment or never. So each answer may be lost, may be late, and may arrive after the disk that gave it
-//! is gone, which is the dangerous case. A crash, a lost disk or an operator's command may come between any two steps.
-//! A process that takes no steps is a paused one, and a pair that exchanges no requests is partitioned. A crash of a
-//! member loses its role and nothing else; from then on it behaves like a candidate or leader that takes no steps until
-//! it stands again, so [`Step::Stand`] covers it. Only the coordinator of an init has a crash of its own.
+//! A [`Step`] is an event at one process, or a request that one process sends and another handles at once.
+//! *Answers* are not part of that step. A granted vote or an acknowledged append stays in flight, and its
+//! candidate or leader counts it at any later moment or never. So each answer may be lost, may be late, and
+//! may arrive after the disk that gave it is gone, which is the dangerous case. A crash, a lost disk or an
+//! operator's command may come between any two steps. A process that takes no steps is a paused one, and a
+//! pair that exchanges no requests is partitioned. A crash of a member loses its role and nothing else; from
+//! then on it behaves like a candidate or leader that takes no steps until it stands again, so
+//! [`Step::Stand`] covers it. Only the coordinator of an init has a crash of its own.
 //!
-//! Every request passes the hello first, which names the cluster, the sender and the receiver with their identities. A
-//! refusal that looks at the *sender* may come too late, for a connection that was accepted before: the steps marked
-//! `held` pass it by, so safety is shown without these refusals. What a connection says about the *receiver* cannot
-//! become wrong: a connection ends with the process, and a process keeps its identity.
+//! Every request passes the hello first, which names the cluster, the sender and the receiver with their
+//! identities. A refusal that looks at the *sender* may come too late, for a connection that was accepted
+//! before: the steps marked `held` pass it by, so safety is shown without these refusals. What a connection
+//! says about the *receiver* cannot become wrong: a connection ends with the process, and a process keeps its
+//! identity.
+//!
+//! # The rules
+//!
+//! The rules are those of `docs/architecture.md`, "Membership". Five of them are not obvious, and each has a
+//! [`Variant`] without it that violates a property (`docs/model.md` tells the schedules):
+//!
+//! - A receiver compares the identity of a sender with its *applied* membership: an entry that is not
+//!   committed may record another disk under the same id.
+//! - A sender counts as removed only by applied state.
+//! - The largest id that was ever used is replicated state, so that the id of a removed member never returns.
+//! - A leader makes a learner a voter only while so many of the present voters answer that the new vote is
+//!   not needed.
+//! - A learner gets only committed entries. Once the log of the leader counts it as a voter, it gets all.
+//!
+//! A leader, and only a leader, names a waiting process, and only if a committed entry records its disk.
 //!
 //! # The properties
 //!
-//! [`Violation`] lists what must not happen, each with its invariant's number: two holders of the key, a token that does
-//! not grow, an acknowledged entry that a later leader lacks, a replica that truncates what it applied, replicas that
-//! disagree, two leaders of one term, two clusters out of one list. A violation ends the path that led to it.
+//! [`Violation`] lists what must not happen, each with its invariant's number: two holders of the key, a
+//! token that does not grow, an acknowledged entry that a later leader lacks, a replica that truncates what
+//! it applied, replicas that disagree, two leaders of one term, two clusters out of one list, a promotion
+//! that stops a good majority if the disk of the promoted member is lost at once. A violation ends the path
+//! that led to it.
 //!
-//! [`SERVES`] is the liveness property: from each state whose good disks are a majority, a fair schedule (no further
-//! faults, every message arrives, processes stand for election in turn) leads to a leader that commits. It is checked in
-//! each state by running that schedule, so a state that is stuck forever is found wherever it hides.
+//! [`SERVES`] is the liveness property: from each state whose good disks are a majority, a fair schedule (no
+//! further faults, every message arrives, processes stand for election in turn) leads to a leader that
+//! commits. It is checked in each state by running that schedule, so a state that is stuck forever is found.
+//! While a change is in progress, "a majority" means one of each membership that the logs of good disks hold.
 //!
 //! # What is left out, and why that is sound
 //!
-//! - *Most requests in flight.* A request is handled when it is sent; a late one of a sender that lives is the same
-//!   request sent later, since nothing obliges a deposed leader to notice that it is one. What differs is the late append
-//!   of a sender that has stepped down, crashed or lost its disk: the runs with [`Limits::late_request`] have one in
-//!   flight at a time. A late vote request of such a candidate only raises the term of its voter.
-//! - *Time.* Elections happen at any moment, so pre-vote, leader leases and timeouts only remove behaviours. Leases appear
-//!   as what they guarantee: "the lease of this acquisition is over" is a step, and only then may the key be freed, or the
-//!   quarantine of a restored cluster end. A lease counts from the heartbeat before its proposal, so the end of the
-//!   quarantine also ends acquisitions that were proposed earlier and never committed.
-//! - *Snapshots.* A snapshot carries committed entries only; here an append carries the log from its beginning.
-//! - *A late `Bind`* has the effect of one that arrived at once, because its receiver waits in between: it takes no step.
-//! - *The end of a founder's own unfinished questions*, when it is bound: an operator's command that ends in a refusal.
-//! - *Start numbers.* They tell a copied or set-back directory, which is outside the fault model. In the model no directory
-//!   is set back, so the number of a later start is always larger, and the check passes.
-//! - *The refusal of a truncation, and leaders that dismiss a follower.* Truncating an applied entry is a violation here,
-//!   whatever the replica then does.
+//! - *Most requests in flight.* A request is handled when it is sent; a late one of a sender that lives is
+//!   the same request sent later, since nothing obliges a deposed leader to notice that it is one. What
+//!   differs is the late append of a sender that has stepped down, crashed or lost its disk: the runs with
+//!   [`Limits::late_request`] have one in flight at a time. A late vote request of such a candidate only
+//!   raises the term of its voter.
+//! - *Time.* Elections happen at any moment, so pre-vote, leader leases and timeouts only remove behaviours.
+//!   Leases appear as what they guarantee: "the lease of this acquisition is over" is a step, and only then
+//!   may the key be freed, or the quarantine of a restored cluster end. A lease counts from the heartbeat
+//!   before its proposal, so the end of the quarantine also ends acquisitions that were proposed earlier and
+//!   never committed.
+//! - *Snapshots.* A snapshot carries committed entries only; here an append carries the log from its
+//!   beginning.
+//! - *A late `Bind`* has the effect of one that arrived at once, because its receiver waits in between: it
+//!   takes no step.
+//! - *The end of a founder's own unfinished questions*, when it is bound: an operator's command that ends in
+//!   a refusal.
+//! - *The record of starts.* It tells a copied or set-back directory, which is outside the fault model. In
+//!   the model no directory is set back, so every start knows all earlier ones, and the check passes.
+//! - *The age of an answer.* A voter answers a leader that is about to promote a learner if it has its disk
+//!   at that moment and knows the term. The implementation counts heartbeats that were answered within the
+//!   last election timeout: a disk that is lost in that time counts as one that is lost after the promotion
+//!   began.
+//! - *The entries that wait for a learner.* The leader holds nothing back here, it sends again.
+//! - *The refusal of a truncation, and leaders that stop counting a follower.* Truncating an applied entry is
+//!   a violation here in any case.
 //! - *Terms learned from refusals.* A process raises its term by standing for election.
 //! - *Numbers of founders* that are exchangeable ([`Limits::symmetry`]).
 //!
-//! The checker compares states by a 64-bit hash. With n states the chance that two different ones are taken for one is
-//! about n² / 2⁶⁵: one in a million for five million states.
+//! The checker compares states by a 64-bit hash. With n states the chance that two different ones are taken
+//! for one is about n² / 2⁶⁵: one in a million for five million states.
 
 mod config;
 mod formation;

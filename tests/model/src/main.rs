@@ -15,7 +15,8 @@ struct Options {
     /// Stops a scenario after so many states in total.
     #[arg(long, default_value_t = 10_000_000)]
     states: usize,
-    /// Threads per scenario of the protocol. Broken rules are explored by one, which finds a shortest counterexample.
+    /// Threads per scenario of the protocol. Broken rules are explored by one, which finds a shortest
+    /// counterexample.
     #[arg(long, default_value_t = 2)]
     threads: usize,
     /// Prints the steps of each counterexample.

@@ -156,7 +156,8 @@ impl Holdfast {
         self.change(state, leader, membership)
     }
 
-    /// An operator restarts a member at an address where a process waited, and an empty one at its old address.
+    /// An operator restarts a member at an address where a process waited, and an empty one at its old
+    /// address.
     pub(crate) fn relocate(&self, state: &State, from: Slot, to: Slot) -> Option<State> {
         let allowed = self.limits.moves && state.changes < self.limits.changes;
         if !allowed || from == to || state.at(from)?.naming.is_none() || state.at(to)?.naming.is_some() {
@@ -250,8 +251,8 @@ impl Holdfast {
     }
 }
 
-/// Whether so many of the present voters answer the leader that a new one is not needed for the change that makes it a
-/// voter. A voter answers if it has its disk and knows the leader's term.
+/// Whether so many of the present voters answer the leader that a new one is not needed for the change that
+/// makes it a voter. A voter answers if it has its disk and knows the leader's term.
 fn spares_new_vote(state: &State, leader: &Process, membership: &Membership) -> bool {
     let answers = |id: MemberId, node: Node| {
         membership.votes(id)

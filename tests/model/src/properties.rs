@@ -22,7 +22,8 @@ pub enum Violation {
     TwoLeaders,
     /// Two clusters with a founder in common have committed entries.
     TwoClusters,
-    /// A majority of the voters, all with their disks, can't serve without a member that is just being made a voter.
+    /// A majority of the voters, all with their disks, can't serve without a member that is just being made a
+    /// voter.
     NewVoterNeeded,
 }
 
@@ -67,8 +68,8 @@ fn absent<const N: usize>(_: &Holdfast, state: &State) -> bool {
     !state.violations.contains(&Violation::ALL[N])
 }
 
-/// The properties of a run: those that must hold in every state, and what must be reachable for the run to mean
-/// anything.
+/// The properties of a run: those that must hold in every state, and what must be reachable for the run to
+/// mean anything.
 pub(crate) fn properties(model: &Holdfast) -> Vec<Property<Holdfast>> {
     let conditions: [fn(&Holdfast, &State) -> bool; 8] = [
         absent::<0>,

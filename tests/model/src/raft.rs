@@ -77,7 +77,8 @@ impl Holdfast {
         let sender = state.at(from)?;
         let (naming, node) = (sender.naming?, sender.effective()?.node(id)?);
         let adopts = match hello {
-            // A connection that was accepted before stays open: the identities of both processes are the same.
+            // A connection that was accepted before stays open: the identities of both processes are the
+            // same.
             Hello::OtherIdentity | Hello::Removed if held => None,
             _ if held => return None,
             Hello::Welcome => None,
@@ -93,7 +94,7 @@ impl Holdfast {
                 Some(node.identity)
             }
             Hello::Waiting
-                if self.is(Variant::AnswersBindNobody) && state.at(slot)?.identity == node.identity =>
+                if self.is(Variant::AnswersBindNoOne) && state.at(slot)?.identity == node.identity =>
             {
                 Some(node.identity)
             }
@@ -108,8 +109,8 @@ impl Holdfast {
         Some((next, Reached::Handles(slot)))
     }
 
-    /// A member becomes a candidate, perhaps after a crash. A process that no membership it knows names as a voter
-    /// never does.
+    /// A member becomes a candidate, perhaps after a crash. A process that no membership it knows names as a
+    /// voter never does.
     pub(crate) fn stand(&self, state: &State, slot: Slot) -> Option<State> {
         let process = state.at(slot)?;
         let id = process.naming?.id;
@@ -231,7 +232,8 @@ impl Holdfast {
         Some(next)
     }
 
-    /// The late request arrives, whatever has become of its sender. The connection leads to the disk that was asked.
+    /// The late request arrives, whatever has become of its sender. The connection leads to the disk that was
+    /// asked.
     pub(crate) fn deliver_late(&self, state: &State) -> Option<State> {
         let request = state.late.as_ref()?;
         let (slot, _) = state.processes().find(|(slot, p)| {
@@ -252,8 +254,8 @@ impl Holdfast {
         }
         let membership = leader.effective()?;
         let identity = membership.node(id)?.identity;
-        // A learner gets committed entries only. Else its log could be ahead of the voters', and it would refuse its vote
-        // to a candidate whose log already counts it as a voter.
+        // A learner gets committed entries only. Else its log could be ahead of the voters', and it would
+        // refuse its vote to a candidate whose log already counts it as a voter.
         let ends = self.is(Variant::LearnersGetRestAtEnd)
             && state
                 .processes()

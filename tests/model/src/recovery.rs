@@ -1,10 +1,11 @@
 //! "A cluster whose good disks are a majority of its voters serves in the end", checked in every state.
 //!
-//! The faults end in this state: no more crashes, losses and operators. From then on a fair schedule runs, in which
-//! the processes stand for election one after the other, every message between running processes arrives, and a
-//! refused candidate learns the higher term. Each state in which the good disks are a majority must lead to one in
-//! which a leader has committed an entry of its own term and has ended the joint change, if there was one. The
-//! schedule is one of the many fair ones; randomised timeouts give each candidate its turn with probability 1.
+//! The faults end in this state: no more crashes, losses and operators. From then on a fair schedule runs, in
+//! which the processes stand for election one after the other, every message between running processes
+//! arrives, and a refused candidate learns the higher term. Each state in which the good disks are a majority
+//! must lead to one in which a leader has committed an entry of its own term and has ended the joint change,
+//! if there was one. The schedule is one of the many fair ones; randomised timeouts give each candidate its
+//! turn with probability 1.
 
 use std::sync::Arc;
 
@@ -16,7 +17,8 @@ use crate::state::{ClusterId, Entry, Kind, MemberId, Membership, Naming, Node, P
 const UNBOUNDED: u8 = 200;
 
 impl Holdfast {
-    /// The last committed membership of a cluster. Before any is, the initial one, if a disk that is left has it.
+    /// The last committed membership of a cluster. Before any is, the initial one, if a disk that is left has
+    /// it.
     pub(crate) fn latest_membership(&self, state: &State, cluster: ClusterId) -> Option<Membership> {
         let entries = &state.clusters.get(usize::from(cluster))?.acknowledged;
         let committed = entries.iter().rev().find_map(|(entry, _)| membership(entry));
@@ -42,7 +44,8 @@ impl Holdfast {
         }
     }
 
-    /// Whether a cluster whose good disks were a majority still serves when the disk at this address is lost now.
+    /// Whether a cluster whose good disks were a majority still serves when the disk at this address is lost
+    /// now.
     pub(crate) fn serves_without(&self, state: &State, slot: Slot) -> bool {
         let Some(Naming { cluster, .. }) = state.at(slot).and_then(|p| p.naming) else { return true };
         let mut state = state.clone();
@@ -61,8 +64,8 @@ impl Holdfast {
         model
     }
 
-    /// Whether the good disks are a majority in the last committed membership, and in each later one that any good
-    /// disk has in its log: a joint change that was begun needs both of its majorities.
+    /// Whether the good disks are a majority in the last committed membership, and in each later one that any
+    /// good disk has in its log: a joint change that was begun needs both of its majorities.
     fn good_majority(&self, state: &State, cluster: ClusterId) -> bool {
         let Some(committed) = self.latest_membership(state, cluster) else { return false };
         let acknowledged = &state.clusters[usize::from(cluster)].acknowledged;

@@ -27,8 +27,8 @@ pub struct Outcome {
     pub took: Duration,
 }
 
-/// Explores breadth first until the first counterexample, the last state, or so many states in total. One thread
-/// finds a shortest counterexample; two are faster.
+/// Explores breadth first until the first counterexample, the last state, or so many states in total. One
+/// thread finds a shortest counterexample; two are faster.
 pub fn check(model: Holdfast, threads: usize, states: usize) -> Outcome {
     let started = Instant::now();
     let scripted = model.script.clone();

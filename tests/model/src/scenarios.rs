@@ -101,7 +101,7 @@ pub fn variants() -> Vec<Scenario> {
         breaks("wiped keeps id: lost entries", three.clone(), WipedKeepsId, AcknowledgedLost),
         breaks("wiped keeps id: truncation", three.clone(), WipedKeepsId, TruncatedApplied),
         breaks("everyone initialises", one_init, EveryoneInitialises, TwoLeaders),
-        breaks("answers bind no one", two_inits(vec![0, 1, 2], 1), AnswersBindNobody, TwoClusters),
+        breaks("answers bind no one", two_inits(vec![0, 1, 2], 1), AnswersBindNoOne, TwoClusters),
         breaks("identity beside the log", three.clone(), IdentityBesideLog, TwoHolders),
         breaks("move takes the dialed identity", moves, MoveTakesDialedIdentity, TwoHolders),
         breaks("believes a wrong hello", three.clone(), BelievesWrongHello, TwoHolders),
@@ -121,7 +121,8 @@ pub fn variants() -> Vec<Scenario> {
     ]
 }
 
-/// Weaker rules for which no counterexample is known, and the protocol after the scripts that break a variant.
+/// Weaker rules for which no counterexample is known, and the protocol after the scripts that break a
+/// variant.
 pub fn examined() -> Vec<Scenario> {
     let moves = Limits { changes: 1, moves: true, lost: 1, terms: 2, ..Limits::formed(3) };
     let adds =
@@ -176,8 +177,9 @@ fn append(from: Slot, id: MemberId, len: u8) -> Step {
     Step::Append { from, id, len, held: false }
 }
 
-/// Member 1 leads term 1 and its log alone holds `add 4`, for the process at address 4. Member 2 leads term 2 and
-/// adds the process at address 3 under the same id, which becomes a voter. One disk may be lost from then on.
+/// Member 1 leads term 1 and its log alone holds `add 4`, for the process at address 4. Member 2 leads term 2
+/// and adds the process at address 3 under the same id, which becomes a voter. One disk may be lost from then
+/// on.
 fn stale_add() -> Holdfast {
     let limits = Limits {
         slots: 5,
@@ -198,8 +200,9 @@ fn stale_add() -> Holdfast {
     Holdfast::new(limits).after(script)
 }
 
-/// Three members and a learner that has all that is committed. The first leader's log alone holds its promotion. Member 2
-/// leads term 2, as member 3 knows. One disk may be lost and one more process may stand from then on.
+/// Three members and a learner that has all that is committed. The first leader's log alone holds its
+/// promotion. Member 2 leads term 2, as member 3 knows. One disk may be lost and one more process may stand
+/// from then on.
 fn deposed_leader() -> Holdfast {
     let Holdfast { limits, .. } = growing();
     let mut script = vec![Step::Stand(0), vote(0, 2), Step::Lead(0), append(0, 3, 2)];
@@ -230,7 +233,8 @@ fn lagging_follower() -> Holdfast {
     Holdfast::new(limits).after(script)
 }
 
-/// Member 4 was added and removed, as member 3 has not yet heard; another process was added under its id and votes.
+/// Member 4 was added and removed, as member 3 has not yet heard; another process was added under its id and
+/// votes.
 fn returning_id() -> Holdfast {
     let limits = Limits {
         slots: 5,

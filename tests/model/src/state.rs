@@ -69,7 +69,8 @@ impl Membership {
         (self.voters | self.outgoing) & bit(id) != 0
     }
 
-    /// Whether the members that `has` accepts are a quorum: a majority before and after the change in progress.
+    /// Whether the members that `has` accepts are a quorum: a majority before and after the change in
+    /// progress.
     pub fn quorum(&self, mut has: impl FnMut(MemberId, Node) -> bool) -> bool {
         let mut yes: Set = 0;
         for (id, node) in self.members() {
@@ -246,8 +247,8 @@ pub fn apply_key(holder: &mut Option<u8>, entry: &Entry) -> bool {
     }
 }
 
-/// A follower's answer to an append, in flight until its leader's term is over. A leader may count it at any later
-/// moment, also after the follower has lost its disk.
+/// A follower's answer to an append, in flight until its leader's term is over. A leader may count it at any
+/// later moment, also after the follower has lost its disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct AppendAck {
     /// The cluster and term of the leader.

@@ -1,9 +1,10 @@
-//! Founders that differ only in their number are exchangeable: of the states that a renumbering turns into each
-//! other, one is kept.
+//! Founders that differ only in their number are exchangeable: of the states that a renumbering turns into
+//! each other, one is kept.
 //!
-//! Every step and every property treats founders alike, so a renumbered state has the renumbered successors. The
-//! founders are sorted by what can be seen of each without a number. Founders that look the same stay in their
-//! order: two states that are renumberings of each other may then both be kept, which costs time and nothing else.
+//! Every step and every property treats founders alike, so a renumbered state has the renumbered successors.
+//! The founders are sorted by what can be seen of each without a number. Founders that look the same stay in
+//! their order: two states that are renumberings of each other may then both be kept, which costs time and
+//! nothing else.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
@@ -93,8 +94,8 @@ impl Holdfast {
     }
 }
 
-/// The new identities: those of the first disks follow their founders, later ones are sorted by address, and those
-/// of which no disk is left come last, in their order.
+/// The new identities: those of the first disks follow their founders, later ones are sorted by address, and
+/// those of which no disk is left come last, in their order.
 fn identities(state: &State, slots: &[Slot], founders: u8) -> Vec<Identity> {
     let first = state.slots.len() as Identity;
     let mut new: Vec<Identity> = (0..state.next_identity).collect();

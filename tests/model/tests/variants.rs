@@ -93,14 +93,15 @@ fn learners_that_get_the_rest_at_the_end_block_the_cluster() {
     finds("learners get the rest at the end", SERVES);
 }
 
-/// Two of three voters have their disks. The third disk was lost before the promotion, the new voter's is lost after it.
+/// Two of three voters have their disks. The third disk was lost before the promotion, the new voter's is
+/// lost after it.
 #[test]
 fn a_promotion_while_voters_are_silent_needs_the_promoted_one() {
     finds("promotes while voters are silent", Violation::NewVoterNeeded.property());
 }
 
-/// A learner that has an entry of a leader whose disk is lost refuses its vote to the one candidate that is left, whose
-/// log counts it as a voter; it does not stand itself.
+/// A learner that has an entry of a leader whose disk is lost refuses its vote to the one candidate that is
+/// left, whose log counts it as a voter; it does not stand itself.
 #[test]
 fn learners_ahead_of_the_commit_index_block_the_cluster() {
     finds("learners get uncommitted entries", SERVES);
