@@ -54,6 +54,11 @@ impl Holdfast {
             if !granted || at < usize::from(leader.applied) || next.granted & bit(number) != 0 {
                 continue;
             }
+            // Its lease was over before it was committed (by the old cluster, after a restore): nothing runs
+            // for it.
+            if next.ended & bit(number) != 0 {
+                continue;
+            }
             let token = base + at as u8;
             next.granted |= bit(number);
             let grows = token > next.last_token;

@@ -76,7 +76,7 @@
 //!   Leases appear as what they guarantee: "the lease of this acquisition is over" is a step, and only then
 //!   may the key be freed, or the quarantine of a restored cluster end. A lease counts from the heartbeat
 //!   before its proposal, so the end of the quarantine also ends acquisitions that were proposed earlier and
-//!   never committed.
+//!   never committed; one that is committed later still runs nothing.
 //! - *Snapshots.* A snapshot carries committed entries only; here an append carries the log from its
 //!   beginning.
 //! - *A late `Bind`* has the effect of one that arrived at once, because its receiver waits in between: it

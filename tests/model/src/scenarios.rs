@@ -46,6 +46,7 @@ fn two_inits(second: Vec<u8>, lost: u8) -> Limits {
 /// The protocol. `long` are the bounds of `make model`, the others fit into the tests.
 pub fn protocol(long: bool) -> Vec<Scenario> {
     let three = Limits { symmetry: true, ..Limits::formed(3) };
+    let five = Limits { terms: 2, log: 3, symmetry: true, ..Limits::formed(5) };
     let adds = Limits { slots: 4, adds: true, terms: 2, acquires: 1, log: 6, changes: 2, ..three.clone() };
     let removes = Limits { removes: true, terms: 2, acquires: 1, log: 5, changes: 1, ..three.clone() };
     let moves =
@@ -58,7 +59,7 @@ pub fn protocol(long: bool) -> Vec<Scenario> {
         holds("3 members, recovery", Limits { lost: 2, terms: 2, recovery: true, ..three.clone() }),
         holds("3 members, just initialised", initialised),
         holds("3 members, late append", Limits { lost: 1, terms: 2, late_request: true, ..three.clone() }),
-        holds("5 members", Limits { lost: 1, terms: 2, log: 3, symmetry: true, ..Limits::formed(5) }),
+        holds("5 members", Limits { lost: 1, acquires: 1, ..five.clone() }),
         holds("two inits, one list", inits(vec![0, 1, 2])),
         holds("two inits, another order", inits(vec![2, 1, 0])),
         holds("two inits, overlapping lists", inits(vec![1, 2])),
@@ -72,10 +73,7 @@ pub fn protocol(long: bool) -> Vec<Scenario> {
             holds("3 members, releases", Limits { lost: 2, releases: true, log: 5, ..three.clone() }),
             holds("3 members, partial appends", Limits { lost: 1, partial_appends: true, ..three.clone() }),
             holds("3 members, late append, 3 terms", Limits { lost: 1, late_request: true, ..three.clone() }),
-            holds(
-                "5 members, 2 lost",
-                Limits { lost: 2, terms: 2, log: 3, symmetry: true, ..Limits::formed(5) },
-            ),
+            holds("5 members, 2 lost", Limits { lost: 2, ..five }),
             holds("add, lost disk, key", Limits { lost: 1, ..adds.clone() }),
             holds("remove, 2 lost", Limits { lost: 2, terms: 3, ..removes }),
             holds("replace", Limits { removes: true, lost: 1, acquires: 0, log: 7, changes: 3, ..adds }),
