@@ -87,8 +87,9 @@ async fn look(inner: &Arc<Inner>, last_applied: &mut (u64, u64)) -> Result<(), S
     if progress.keys_held > 0 && boot_ms().saturating_sub(last_applied.1) >= TICK_AFTER_MS {
         propose(inner, Command::Tick, None).await;
     }
-    if !applied.is_multiple_of(CHECKSUM_EVERY) && boot_ms().saturating_sub(last_applied.1) >= COMPARE_AFTER_MS
-    {
+    let quiet = boot_ms().saturating_sub(last_applied.1) >= COMPARE_AFTER_MS;
+    let awaited = inner.directory.checksums.is_awaited_beyond(applied - applied % CHECKSUM_EVERY);
+    if !applied.is_multiple_of(CHECKSUM_EVERY) && (quiet || awaited) {
         for _ in applied..applied.next_multiple_of(CHECKSUM_EVERY) {
             if !propose(inner, Command::Tick, None).await {
                 break;

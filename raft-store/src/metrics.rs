@@ -70,21 +70,15 @@ impl Store {
     }
 
     /// Why this replica is not ready, as far as it knows without asking anybody: it has failed, or its disk is full or
-    /// stuck, it was
-    /// named and has heard nothing since, or problems with its peers leave it no majority.
+    /// stuck, or it was named and has heard nothing since.
     pub fn not_ready(&self) -> Option<String> {
         let failed = self.inner.failed.borrow().clone();
-        failed
-            .or_else(|| self.inner.disk.unfit().map(|why| why.to_string()))
-            .or_else(|| self.not_heard_yet())
-            .or_else(|| self.no_majority())
+        failed.or_else(|| self.inner.disk.unfit().map(|why| why.to_string())).or_else(|| self.not_heard_yet())
     }
 
     /// Why this member can find no majority, and what to do, if what it has met of its peers says so.
-    fn no_majority(&self) -> Option<String> {
-        if self.leader().borrow().is_some() {
-            return None;
-        }
+    /// For one whose read no majority has confirmed: what it remembers of a leader may be long out of date.
+    pub fn no_majority(&self) -> Option<String> {
         let status = self.status();
         let problems: Vec<(u64, Problem)> = status
             .members

@@ -63,6 +63,7 @@ pub struct Snapshots {
     transfers: Mutex<BTreeMap<u64, Transfer>>,
     /// The state is wrong: none is built of it.
     closed: AtomicBool,
+    paused: AtomicBool,
 }
 
 /// Longest time for which one transfer puts off newer snapshots, and with them the purging of the log.
@@ -132,6 +133,7 @@ impl Snapshots {
             current: Mutex::new(current),
             transfers: Mutex::default(),
             closed: AtomicBool::new(false),
+            paused: AtomicBool::new(false),
         })
     }
 
@@ -174,6 +176,16 @@ impl Snapshots {
     /// No snapshot is built from here on.
     pub fn close(&self) {
         self.closed.store(true, Ordering::Release);
+    }
+
+    /// While it is paused no snapshot is built, so that the last one that is known to be right and the log after it stay.
+    pub fn set_paused(&self, paused: bool) {
+        self.paused.store(paused, Ordering::Release);
+    }
+
+    /// See [`Self::set_paused`].
+    pub fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::Acquire)
     }
 
     /// See [`Self::close`].

@@ -213,7 +213,8 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     }
 
     async fn try_create_snapshot_builder(&mut self, force: bool) -> Option<SnapshotBuilder> {
-        if self.applier.snapshots.is_closed() || (!force && self.applier.snapshots.is_held()) {
+        let snapshots = &self.applier.snapshots;
+        if snapshots.is_closed() || (!force && (snapshots.is_held() || snapshots.is_paused())) {
             return None;
         }
         Some(self.get_snapshot_builder().await)

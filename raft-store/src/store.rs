@@ -643,6 +643,9 @@ impl Inner {
         if let Some(why) = self.failed.borrow().clone().or_else(|| self.removed()) {
             return Some(why);
         }
+        if self.directory.checksums.is_stopped() {
+            return Some("its state is not that of the majority".to_owned());
+        }
         self.cancel.is_cancelled().then(|| "it is stopping".to_owned())
     }
 
@@ -780,7 +783,7 @@ impl Forwarded for Inner {
     }
 
     async fn read_index_here(&self) -> Option<ReadIndexReply> {
-        if self.disk.is_stuck() {
+        if self.disk.is_stuck() || self.directory.checksums.is_stopped() {
             return None;
         }
         let linearizer = self.raft.get_read_linearizer(ReadPolicy::ReadIndex).await.ok()?;

@@ -5,8 +5,10 @@ use crate::error::CliError;
 use crate::format::{clean, time};
 use crate::output::{Column, Out, fields, table};
 use futures::future::join_all;
+use holdfast_client::wire::ApiErrorKind;
 use holdfast_client::wire::http::{
-    Checksum, ChecksumAgreement, ClusterInfo, DrainResult, InitCluster, MemberInfo, SetMember,
+    Checksum, ChecksumAgreement, ClusterInfo, DrainResult, InitCluster, MemberChangeResult, MemberInfo,
+    SetMember,
 };
 use holdfast_client::{Client, ClientError, RequestOptions};
 use std::time::Duration;
@@ -51,11 +53,12 @@ pub(crate) async fn run(
         }
         ClusterCommand::Move { id, peer_addr } => {
             let text = format!("member {id} is reached at {peer_addr} from now on");
-            let done = client.set_member(&SetMember { id: Some(id), peer_addr }).await?;
+            let change = SetMember { id: Some(id), peer_addr };
+            let done = once_free(client, || client.set_member(&change)).await?;
             return said(out, &done, &text);
         }
         ClusterCommand::Remove { id } => {
-            let done = client.remove_member(id).await?;
+            let done = once_free(client, || client.remove_member(id)).await?;
             return said(out, &done, &format!("member {id} is removed; its id can't be used again"));
         }
         ClusterCommand::AcceptChecksum { index, value } => {
@@ -118,8 +121,25 @@ async fn serves(client: &Client, url: &str) -> bool {
     false
 }
 
+/// Asks again while another change of the membership is in progress, such as the end of the one before.
+async fn once_free<F: Future<Output = Result<MemberChangeResult, ClientError>>>(
+    client: &Client,
+    ask: impl Fn() -> F,
+) -> Result<MemberChangeResult, ClientError> {
+    let until = Instant::now() + Duration::from_millis(client.options().deadline_ms);
+    loop {
+        match ask().await {
+            Err(error) if error.kind() == Some(ApiErrorKind::ChangeInProgress) && Instant::now() < until => {
+                tokio::time::sleep(WAIT_POLL).await;
+            }
+            answer => return answer,
+        }
+    }
+}
+
 async fn add(client: &Client, peer_addr: String, wait_ms: Option<u64>, out: &Out) -> Result<(), CliError> {
-    let mut done = client.set_member(&SetMember { id: None, peer_addr }).await?;
+    let change = SetMember { id: None, peer_addr };
+    let mut done = once_free(client, || client.set_member(&change)).await?;
     let id = done.id;
     let until = wait_ms.map(|ms| Instant::now() + Duration::from_millis(ms));
     while done.role == "learner" && until.is_some_and(|until| Instant::now() < until) {

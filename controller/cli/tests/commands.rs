@@ -414,6 +414,20 @@ async fn members_are_added_moved_and_removed_by_name() {
 }
 
 #[tokio::test]
+async fn a_change_waits_for_the_one_before_to_end() {
+    let controller = Fake::start(|n, _| match n {
+        0 => refusal(ApiErrorKind::ChangeInProgress),
+        _ => json(r#"{"id":3,"role":"removed","updated":true}"#),
+    })
+    .await;
+    let removed = run(&controller.url, &["cluster", "remove", "3"]).await;
+    assert_eq!(stdout(&removed), "member 3 is removed; its id can't be used again\n");
+    let busy = Fake::start(|_, _| refusal(ApiErrorKind::ChangeInProgress)).await;
+    let given_up = run(&busy.url, &["cluster", "remove", "3", "--timeout", "1s"]).await;
+    assert_fails(&given_up, 1, "this is ChangeInProgress");
+}
+
+#[tokio::test]
 async fn cluster_add_waits_until_the_new_member_votes() {
     let looks = Arc::new(AtomicUsize::new(0));
     let controller = Fake::start(move |_, asked| {

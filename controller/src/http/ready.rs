@@ -25,7 +25,11 @@ async fn look(app: &App) -> Result<(), String> {
     if let Some(reason) = app.store.not_ready() {
         return Err(reason);
     }
-    let point = app.store.linearizable(READY_DEADLINE).await.map_err(|error| error.to_string())?;
+    let point = app
+        .store
+        .linearizable(READY_DEADLINE)
+        .await
+        .map_err(|error| app.store.no_majority().unwrap_or_else(|| error.to_string()))?;
     match point.view.cluster() {
         Ok(Some(_)) => Ok(()),
         Ok(None) => Err("the cluster is not formed yet".to_owned()),

@@ -69,6 +69,9 @@ pub struct Comparison {
     pub verdict: Verdict,
     /// Other members whose value differs from that of a majority.
     pub differing: BTreeSet<u64>,
+    /// The newest index at which a majority has this replica's value, also when values differ later: its state up to there
+    /// is right, whatever came after.
+    pub agreed: Option<u64>,
 }
 
 fn is_majority(voters: &[BTreeSet<u64>], of: impl Fn(&u64) -> bool) -> bool {
@@ -79,7 +82,7 @@ fn is_majority(voters: &[BTreeSet<u64>], of: impl Fn(&u64) -> bool) -> bool {
 pub fn compare(known: &Known<'_>) -> Comparison {
     let mut differing = BTreeSet::new();
     if known.voters.is_empty() || known.voters.iter().any(BTreeSet::is_empty) {
-        return Comparison { verdict: Verdict::Waiting, differing };
+        return Comparison { verdict: Verdict::Waiting, differing, agreed: None };
     }
     let mut agreed = None;
     let mut contested: Vec<Verdict> = Vec::new();
@@ -103,7 +106,7 @@ pub fn compare(known: &Known<'_>) -> Comparison {
         let majority = holders.iter().find(|(_, ids)| is_majority(known.voters, |id| ids.contains(id)));
         match majority.map(|(value, _)| *value) {
             Some(majority) if majority != own => {
-                return Comparison { verdict: Verdict::Minority { index, own, majority }, differing };
+                return Comparison { verdict: Verdict::Minority { index, own, majority }, differing, agreed };
             }
             Some(majority) => {
                 agreed = Some(index);
@@ -120,7 +123,7 @@ pub fn compare(known: &Known<'_>) -> Comparison {
         (None, Some(index)) => Verdict::Agrees { index },
         (None, None) => Verdict::Waiting,
     };
-    Comparison { verdict, differing }
+    Comparison { verdict, differing, agreed }
 }
 
 /// At one index voters differ and none has a majority: can a value that is missing make one?
@@ -147,7 +150,7 @@ fn judge(
 fn weight(contested: &Verdict) -> (bool, u32, u64) {
     match contested {
         Verdict::Split { index, .. } => (true, index.trailing_zeros(), *index),
-        Verdict::Undecided { index, .. } => (false, 0, *index),
+        Verdict::Undecided { index, .. } => (false, index.trailing_zeros(), *index),
         _ => (false, 0, 0),
     }
 }

@@ -138,6 +138,9 @@ fn nothing_to_decide(inner: &Inner, state: &super::State) -> String {
              that no majority agrees",
             show_values(&values)
         ),
+        Verdict::Split { index, .. } => {
+            format!("the difference at index {index} is not recorded yet: ask again in a moment")
+        }
         _ => "the replicas' checksums do not differ: there is nothing to decide".to_owned(),
     }
 }

@@ -31,7 +31,11 @@ pub(super) fn stopped(dir: &Path) -> io::Result<Option<String>> {
 
 /// Durably stops the replica of this data directory.
 pub(super) fn mark_stopped(dir: &Path, why: &str) -> io::Result<()> {
-    write_durably(&dir.join(STOPPED), format!("{why}\n").as_bytes())
+    let mark = dir.join(STOPPED);
+    // On a full disk an empty file may still fit, and counts too.
+    write_durably(&mark, format!("{why}\n").as_bytes()).or_else(|_| {
+        std::fs::File::create(&mark).and_then(|file| file.sync_all()).and_then(|()| sync_dir(dir))
+    })
 }
 
 /// The note, if there is one. A damaged one is an error: what it says can't be guessed.

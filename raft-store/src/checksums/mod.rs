@@ -36,7 +36,7 @@ use holdfast_core::records::{ChecksumSplit, ChecksumsRecord};
 use holdfast_core::view::View;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::watch;
@@ -54,6 +54,8 @@ const UNDECIDED_MAX: Duration = Duration::from_secs(10);
 const CONFIRM_WAIT: Duration = Duration::from_secs(5);
 /// How long a leader that is about to stop may take to hand over.
 const HAND_OVER_DEADLINE: Duration = Duration::from_secs(2);
+/// How long the mark of a replica that stops for good may take to be durable before it stops all the same.
+const MARK_DEADLINE: Duration = Duration::from_secs(5);
 /// How long the record of a split may take to be committed; the leader tries again afterwards.
 const RECORD_DEADLINE: Duration = Duration::from_secs(2);
 
@@ -65,6 +67,8 @@ pub struct Checksums {
     agreed: watch::Sender<u64>,
     /// This replica is in the minority.
     stopped: AtomicBool,
+    /// A snapshot that ends there waits to be confirmed; 0 if none does.
+    awaited: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -143,17 +147,29 @@ impl Checksums {
         seen.split.filter(|_| !seen.recorded).map(|index| Refusal::ChecksumsDiffer { index })
     }
 
-    /// An error while this replica must send no snapshot.
-    pub fn check_sending(&self) -> Result<(), String> {
+    /// An error while this replica must not send a snapshot that ends at `end`. What a majority has confirmed is right,
+    /// whatever came after; and its receiver then replays the log by itself, so that it has a checksum of its own to add.
+    pub fn check_sending(&self, end: u64) -> Result<(), String> {
         if self.is_stopped() {
             return Err("this replica's state is not that of the majority: it sends no snapshot".to_owned());
         }
-        match self.seen().split {
+        match self.seen().split.filter(|_| *self.agreed.borrow() < end) {
             Some(index) => Err(format!(
                 "the replicas' checksums differ at index {index}: no snapshot is sent before it is known which are right"
             )),
             None => Ok(()),
         }
+    }
+
+    /// Whether values differ, as far as is known here, and none is that of a majority.
+    pub(crate) fn is_contested(&self) -> bool {
+        self.seen().split.is_some()
+    }
+
+    /// Whether the leader should write entries up to the next checksum although nothing else is written: a snapshot waits for
+    /// one that covers it, and the newest one is that of `published`.
+    pub(crate) fn is_awaited_beyond(&self, published: u64) -> bool {
+        self.awaited.load(Ordering::Acquire) > published
     }
 
     /// Waits until a majority has confirmed the state of a snapshot that ends at `index`, or too few have answered.
@@ -162,16 +178,19 @@ impl Checksums {
     }
 
     async fn confirm_within(&self, index: u64, patience: Duration) -> Result<(), String> {
-        let published = self.seen().own.range(..=index).next_back().map_or(0, |(published, _)| *published);
         let mut agreed = self.agreed.subscribe();
-        let confirmed = agreed.wait_for(|agreed| *agreed >= published);
-        if tokio::time::timeout(patience, confirmed).await.is_err() {
+        // A checksum at or after its end covers all of the snapshot; one before it leaves a rest that no one has confirmed.
+        let confirmed = agreed.wait_for(|agreed| *agreed >= index);
+        self.awaited.store(index, Ordering::Release);
+        let confirmed = tokio::time::timeout(patience, confirmed).await;
+        self.awaited.store(0, Ordering::Release);
+        if confirmed.is_err() {
             tracing::warn!(
                 index,
                 "no majority has confirmed this replica's checksum; its snapshot is sent all the same"
             );
         }
-        self.check_sending()
+        self.check_sending(index)
     }
 }
 
@@ -229,6 +248,8 @@ struct Watch {
     /// When the members were asked last, and the newest own index then.
     asked: Option<(Instant, u64)>,
     undecided_since: Option<Instant>,
+    /// The note in memory is not the one on disk.
+    note_unwritten: bool,
     said: Option<ChecksumState>,
 }
 
@@ -309,7 +330,9 @@ async fn look(inner: &Inner, watch: &mut Watch) -> Result<Option<Stop>, StateErr
         }
         _ => None,
     };
-    let note = keep_note(inner, note, &state.record, &comparison.verdict, found.as_ref()).await;
+    let note =
+        keep_note(inner, note, &state.record, &comparison.verdict, found.as_ref(), &mut watch.note_unwritten)
+            .await;
     let contested = match &comparison.verdict {
         Verdict::Undecided { index, .. } => Some(*index),
         _ => None,
@@ -323,7 +346,8 @@ async fn look(inner: &Inner, watch: &mut Watch) -> Result<Option<Stop>, StateErr
         seen.note = note;
         say(watch, &seen.status);
     }
-    if let Verdict::Agrees { index } = comparison.verdict {
+    inner.snapshots.set_paused(checksums.is_contested());
+    if let Some(index) = comparison.agreed {
         checksums.agreed.send_if_modified(|agreed| std::mem::replace(agreed, index.max(*agreed)) < index);
     }
     if found.is_some() || state.record.split.is_some() {
@@ -359,6 +383,7 @@ async fn keep_note(
     record: &ChecksumsRecord,
     verdict: &Verdict,
     found: Option<&ChecksumSplit>,
+    unwritten: &mut bool,
 ) -> Option<Note> {
     let settled = |note: &Note| {
         // While the record stands, only an operator ends the split.
@@ -373,12 +398,14 @@ async fn keep_note(
         None => found.cloned(),
     };
     if wanted != note {
+        *unwritten = true;
+    }
+    if *unwritten {
         let (dir, to_write) = (inner.config.data_dir.clone(), wanted.clone());
         let written = tokio::task::spawn_blocking(move || disk::write_note(&dir, to_write.as_ref())).await;
-        match written {
-            Ok(Ok(())) => {}
-            // It stands in memory, and is tried again when the next look finds the same.
-            Ok(Err(error)) => tracing::error!(%error, "what is known of checksums can't be written to disk"),
+        match written.map_err(std::io::Error::other).and_then(|written| written) {
+            Ok(()) => *unwritten = false,
+            // It stands in memory, and each look tries again.
             Err(error) => tracing::error!(%error, "what is known of checksums can't be written to disk"),
         }
     }
@@ -471,20 +498,26 @@ async fn stop_for_good(inner: &Inner, Stop { why, successors }: Stop) {
     inner.snapshots.close();
     inner.raft.runtime_config().elect(false);
     let (dir, text) = (inner.config.data_dir.clone(), why.clone());
-    match tokio::task::spawn_blocking(move || disk::mark_stopped(&dir, &text)).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => {
-            tracing::error!(%error, "the mark that keeps this replica stopped can't be written")
+    let mark = async {
+        let marked = tokio::task::spawn_blocking(move || disk::mark_stopped(&dir, &text));
+        let marked = tokio::time::timeout(MARK_DEADLINE, marked).await.map_err(std::io::Error::other);
+        let marked = marked.and_then(|done| done.map_err(std::io::Error::other)?);
+        if let Err(error) = marked {
+            tracing::error!(%error, "the mark that keeps this replica stopped can't be written");
         }
-        Err(error) => tracing::error!(%error, "the mark that keeps this replica stopped can't be written"),
-    }
-    let mut handed_over = false;
-    for successor in successors {
-        handed_over = handed_over || hand_over(inner, Some(successor), HAND_OVER_DEADLINE / 4).await;
-    }
-    if !handed_over && !hand_over(inner, None, HAND_OVER_DEADLINE).await {
-        tracing::warn!("leadership was not handed over in time; the others elect a leader");
-    }
+    };
+    let lead_away = async {
+        for successor in successors {
+            if hand_over(inner, Some(successor), HAND_OVER_DEADLINE / 4).await {
+                return;
+            }
+        }
+        if !hand_over(inner, None, HAND_OVER_DEADLINE).await {
+            tracing::warn!("leadership was not handed over in time; the others elect a leader");
+        }
+    };
+    // A disk that is slow must not keep the lead here.
+    tokio::join!(mark, lead_away);
     inner.fail(why);
     // It neither votes nor stores anything from here on, although the process may live on for a while.
     inner.cancel.cancel();
@@ -510,24 +543,30 @@ mod tests {
         let began = Instant::now();
         assert_eq!(checksums.confirm_within(40, patience).await, Ok(()));
         assert!(began.elapsed() >= patience, "it was not waited for");
-        // Nothing was published before it, or a majority has answered: it is sent at once.
+        assert!(!checksums.is_awaited_beyond(0), "no one waits any more");
+        // A checksum of a majority that does not cover its end is not enough; one that does sends it at once.
         let forever = Duration::from_secs(3600);
-        assert_eq!(checksums.confirm_within(15, forever).await, Ok(()));
-        let answers = async { checksums.agreed.send_replace(32) };
+        checksums.agreed.send_replace(32);
+        let answers = async {
+            assert!(checksums.is_awaited_beyond(32) && !checksums.is_awaited_beyond(40));
+            checksums.agreed.send_replace(48)
+        };
         let (sent, _) = tokio::join!(checksums.confirm_within(40, forever), answers);
         assert_eq!(sent, Ok(()));
     }
 
     #[tokio::test]
-    async fn no_snapshot_is_sent_while_values_differ_or_once_stopped() {
+    async fn no_unconfirmed_snapshot_is_sent_while_values_differ() {
         let checksums = with(&[(16, 1)]);
+        let soon = Duration::from_millis(10);
         checksums.agreed.send_replace(16);
         checksums.seen().split = Some(32);
-        assert!(checksums.confirm(20).await.unwrap_err().contains("index 32"));
+        assert!(checksums.confirm_within(20, soon).await.unwrap_err().contains("index 32"));
+        assert_eq!(checksums.confirm_within(15, soon).await, Ok(()), "a majority has confirmed it");
         checksums.seen().split = None;
-        assert_eq!(checksums.confirm(20).await, Ok(()));
+        assert_eq!(checksums.confirm_within(20, soon).await, Ok(()));
         checksums.stopped.store(true, Ordering::Release);
-        assert!(checksums.confirm(20).await.unwrap_err().contains("majority"));
+        assert!(checksums.confirm_within(15, soon).await.unwrap_err().contains("majority"));
     }
 
     #[test]

@@ -162,7 +162,15 @@ pub(crate) async fn majority_remains(
     let until = asked + Duration::from_millis(inner.config.election_timeout_ms);
     loop {
         let now = watched.borrow_and_update().clone();
-        let answers = |voter: &u64| inner.answers_within(&now, *voter, asked.elapsed());
+        // While values differ no unconfirmed snapshot is sent: one that needs one answers, and can commit nothing.
+        let purged = now.purged.map_or(0, |at| at.index);
+        let follows = |voter: &u64| {
+            let matched = now.replication.as_ref().and_then(|all| all.get(voter).copied().flatten());
+            *voter == inner.id
+                || !inner.directory.checksums.is_contested()
+                || matched.is_some_and(|at| at.index >= purged)
+        };
+        let answers = |voter: &u64| inner.answers_within(&now, *voter, asked.elapsed()) && follows(voter);
         let answering = remaining.iter().copied().filter(answers).collect();
         let Err(refusal) = check_removal(id, remaining, &answering) else { return Ok(()) };
         if !matches!(tokio::time::timeout_at(until, watched.changed()).await, Ok(Ok(()))) {

@@ -105,7 +105,9 @@ impl Inner {
 /// The most advanced voter that answers, or the one that is asked for if it would do.
 fn successor(inner: &Inner, metrics: &Metrics, wanted: Option<u64>) -> Option<u64> {
     let me = inner.id;
-    let voters: BTreeSet<u64> = metrics.membership_config.membership().voter_ids().collect();
+    let differing = inner.directory.checksums.status().differing;
+    let voters = metrics.membership_config.membership().voter_ids();
+    let voters: BTreeSet<u64> = voters.filter(|voter| !differing.contains(voter)).collect();
     // One that has just died has as long a log as any; handing over to it would leave the cluster without a leader.
     metrics.replication.as_ref().and_then(|matched| {
         matched

@@ -7,6 +7,7 @@
 use super::init::{InitError, InitRequest, Initialised, init};
 use super::naming::{DiskIdentity, Naming};
 use crate::api::{OpenError, StoreConfig};
+use crate::checksums::Checksums;
 use crate::log_store::LogStore;
 use crate::store::{Store, lock_dir, storage};
 use crate::transport::server::{receive_opening, reply};
@@ -74,6 +75,8 @@ impl Waiting {
             let unfinished = "a restore into it was not finished; run it again".to_owned();
             return Err(storage("opening the data directory", &dir)(unfinished));
         }
+        // A replica that was stopped for good is refused before it can be given another name.
+        Checksums::open(&dir)?;
         let opening = {
             let log_dir = log_dir.clone();
             move || {

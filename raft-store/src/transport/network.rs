@@ -212,7 +212,7 @@ async fn write_appends<S>(
         let mut requests = match next {
             Next::Request(request) => hold.offer_all(gate.offer(request, to_voter())),
             Next::LookAgain => hold.offer_all(gate.release(to_voter())),
-            Next::End => hold.offer_all(gate.end()),
+            Next::End => hold.offer_all(gate.release(to_voter())),
             Next::HeldLong => hold.release().into_iter().collect(),
         };
         if ended {
@@ -412,7 +412,7 @@ impl PeerNetwork {
             }
             let mut left = size.saturating_sub(std::mem::take(&mut offset));
             while left > 0 {
-                self.directory.checksums.check_sending().map_err(io::Error::other)?;
+                self.directory.checksums.check_sending(index).map_err(io::Error::other)?;
                 let want = usize::try_from(left).unwrap_or(usize::MAX).min(SNAPSHOT_CHUNK_BYTES);
                 let mut frame = BytesMut::zeroed(4 + want);
                 file.read_exact(&mut frame[4..]).await?;
@@ -472,12 +472,16 @@ mod tests {
     }
 
     fn connection(hold_for: Duration) -> Connection {
+        connection_to(hold_for, true)
+    }
+
+    fn connection_to(hold_for: Duration, voter: bool) -> Connection {
         let (requests, input) = unbounded();
         let (sink, frames) = unbounded();
         let (under_way, sent) = mpsc::channel(APPENDS_IN_FLIGHT_MAX);
         let hurry = Arc::new(Notify::new());
         let sink = sink.sink_map_err(io::Error::other);
-        tokio::spawn(write_appends(input, sink, under_way, hurry.clone(), hold_for, || true));
+        tokio::spawn(write_appends(input, sink, under_way, hurry.clone(), hold_for, move || voter));
         Connection { requests, frames, hurry, _under_way: sent }
     }
 
@@ -522,6 +526,16 @@ mod tests {
         assert_eq!(connection.next().await, Some((1, 5)));
         connection.ask(append(6, 6, 6));
         assert_eq!(connection.next().await, Some((0, 6)));
+    }
+
+    /// A new leader's first request to a learner is a probe with its own uncommitted blank entry, and ends at once.
+    #[tokio::test]
+    async fn a_probe_brings_a_learner_nothing_uncommitted() {
+        let mut connection = connection_to(COMMIT_HOLD, false);
+        connection.ask(append(4, 6, 5));
+        connection.requests.close_channel();
+        assert_eq!(connection.next().await, Some((1, 5)));
+        assert_eq!(connection.next().await, None);
     }
 
     #[tokio::test]

@@ -266,6 +266,10 @@ impl<F: Forwarded> PeerServer<F> {
                 Ok(response) => Reply::Vote(response.into()),
                 Err(error) => Reply::Failed(error.to_string()),
             },
+            // openraft would stand for election at once, fit or not.
+            Request::Transfer { .. } if !self.forwarded.may_lead() => {
+                Reply::Transferred(Err("this replica must not lead".to_owned()))
+            }
             Request::Transfer { from, to, last_log_id } => {
                 let request = TransferLeaderRequest::new(from.into(), to, last_log_id.map(Into::into));
                 Reply::Transferred(match self.raft.handle_transfer_leader(request).await {

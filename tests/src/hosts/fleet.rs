@@ -6,7 +6,7 @@ use super::watch::Watch;
 use crate::checker::Resource;
 use crate::harness::{Answer, LONG, binary, target_tmp, wait_until};
 use futures::future::join_all;
-use holdfast_wire::http::{ConnectResponse, DronePage, KeyInfo};
+use holdfast_wire::http::{Checksum, ConnectResponse, DronePage, KeyInfo};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -248,9 +248,19 @@ impl Hosts {
     /// Removes the member whose disk was lost and adds what runs at its address now, by the command line at `at`. Gives the
     /// new id.
     pub async fn replace(&self, at: usize, id: u64, host: usize) -> u64 {
-        let id = id.to_string();
-        self.members[at].cli(&["cluster", "remove", &id]).await.ok();
+        self.remove(at, id).await;
         self.add(at, host).await
+    }
+
+    /// `holdfast cluster remove` at `at`, once the last change of the membership has ended.
+    pub async fn remove(&self, at: usize, id: u64) {
+        let id = id.to_string();
+        wait_until(&format!("member {id} is removed"), LONG, async || {
+            let said = self.members[at].cli(&["cluster", "remove", &id]).await;
+            assert!(said.code == 0 || said.err.contains("ChangeInProgress"), "{said:?}");
+            if said.code == 0 { Ok(()) } else { Err(said) }
+        })
+        .await;
     }
 
     /// `holdfast cluster add --wait` at `at` of the process that waits at a host; gives the id.
@@ -276,14 +286,16 @@ impl Hosts {
             join_all((0..ENTRIES_AT_ONCE).map(|_| leader.post("/ctrl/key/allow-renewal", body.clone())))
                 .await;
             let views = join_all(members.iter().map(|at| self.members[*at].local_view())).await;
-            let sums: Vec<_> = views.into_iter().map(|view| view.map(|view| view.checksum)).collect();
-            let seen: Vec<_> =
-                sums.iter().map(|sum| sum.as_ref().ok().map(|sum| (sum.index, &sum.value))).collect();
-            let same = seen.windows(2).all(|pair| pair[0] == pair[1]);
-            let at_one_index = seen.windows(2).all(|pair| pair[0].map(|s| s.0) == pair[1].map(|s| s.0));
-            assert!(same || !at_one_index, "replicas differ: {sums:?}");
-            let newer = seen.first().copied().flatten().is_some_and(|(index, _)| index > from);
-            if same && newer { Ok(()) } else { Err(sums) }
+            let sums: Vec<Checksum> = views
+                .into_iter()
+                .map(|view| view.map(|view| view.checksum))
+                .collect::<Result<_, String>>()?;
+            let Some(first) = sums.first() else { return Err("no members".to_owned()) };
+            if first.index <= from || sums.iter().any(|sum| sum.index != first.index) {
+                return Err(format!("{sums:?}"));
+            }
+            assert!(sums.iter().all(|sum| sum == first), "replicas differ: {sums:?}");
+            Ok(())
         })
         .await;
     }

@@ -41,7 +41,7 @@ async fn an_emptied_machine_is_added_again_after_its_old_id_is_removed() {
     hosts.start(&[by_join]);
     hosts.members[by_join].process.wait_log(from, &remove_first, LONG).await;
     hosts.members[by_join].wait_not_ready(WAITS).await;
-    hosts.members[asked].cli(&["cluster", "remove", &(by_join + 1).to_string()]).await.ok();
+    hosts.remove(asked, by_join as u64 + 1).await;
     hosts.wait_ready(&[by_join]).await;
     // It asks for itself: adding it by hand finds what is there.
     assert_eq!(hosts.add(asked, by_join).await, 5);
@@ -63,7 +63,7 @@ async fn emptied_machines_of_before_a_replacement_form_nothing() {
         let asked = if old == 0 { 0 } else { 3 };
         assert_eq!(hosts.add(asked, new).await, new as u64 + 1);
         hosts.wait_ready(&[new]).await;
-        hosts.members[new].cli(&["cluster", "remove", &(old + 1).to_string()]).await.ok();
+        hosts.remove(new, old as u64 + 1).await;
         hosts.members[old].wait_not_ready("was removed from the cluster").await;
     }
     for old in 0..3 {
@@ -113,7 +113,11 @@ async fn a_lost_majority_serves_nothing_until_a_backup_is_restored() {
     hosts.start(&[survivor]);
     hosts.wait_ready(&[survivor]).await;
     for (n, at) in lost.iter().enumerate() {
-        assert_eq!(hosts.add(survivor, *at).await, n as u64 + 4, "ids of the old cluster are used");
+        assert_eq!(
+            hosts.add(survivor, *at).await,
+            n as u64 + 2,
+            "the new cluster counts from its first member"
+        );
     }
     hosts.wait_ready(&[0, 1, 2]).await;
     hosts.connect(survivor, KEY, held.token).await;
