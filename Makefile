@@ -2,7 +2,7 @@
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test build lint figures figures-drone rolling bench bench-million soak soak-elections clean
+.PHONY: help demo test build lint figures figures-drone rolling model bench bench-million soak soak-elections clean
 .PHONY: prerequisites prerequisites-test prerequisites-bench
 
 help: ## this list
@@ -47,6 +47,9 @@ figures-drone: build ## connect to ready and its parts, memory of guards, CPU of
 
 rolling: build ## how long clients pause while each controller is restarted under load, measured here
 	target/release/rolling
+
+model: ## explore the model of the membership protocol within large bounds; ten minutes on two idle cores, 4 GiB
+	$(CARGO) run --release -p holdfast-model -- $(MODEL_FLAGS)
 
 clean: ## remove target/
 	$(CARGO) clean
