@@ -46,7 +46,7 @@ fn main() -> ExitCode {
         },
         None => EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info")),
     };
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).init();
+    holdfast_logging::start(filter);
     let data_dir = match DataDir::open(&config.data_dir) {
         Ok(data_dir) => data_dir,
         Err(e) => return usage(&e),
@@ -91,7 +91,7 @@ fn main() -> ExitCode {
 }
 
 fn usage(problem: &dyn std::fmt::Display) -> ExitCode {
-    eprintln!("holdfast-drone: {problem}");
+    holdfast_logging::line(&format!("holdfast-drone: {problem}"));
     ExitCode::from(EXIT_USAGE)
 }
 

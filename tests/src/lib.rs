@@ -16,6 +16,7 @@
 //!    last when that is over.
 //! 4. Two backends of one key that overlap for a moment are seen: each locks a file of its key for its life. Where
 //!    faults are made, [`checker`] also watches the process table and a resource that checks tokens.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "what a test prints is read by people")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that panics has found something")]
 
 pub mod checker;

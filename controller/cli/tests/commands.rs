@@ -420,3 +420,36 @@ async fn completions_know_the_commands() {
         assert!(stdout(&output).contains("prevent-renewal"), "{shell}");
     }
 }
+
+/// A standard output that takes nothing: a full disk, or a pipe whose reader has gone.
+fn useless_stdouts() -> [(Stdio, i32); 2] {
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let (reader, closed) = std::io::pipe().unwrap();
+    drop(reader);
+    [(full.into(), 1), (closed.into(), 0)]
+}
+
+#[tokio::test]
+async fn a_full_stdout_is_a_failure_and_a_closed_one_is_a_quiet_end() {
+    let controller = Fake::start(|_, _| json(&format!(r#"{{"keys":[{KEY}]}}"#))).await;
+    for args in [&["keys", "list"][..], &["keys", "list", "--json"], &["completions", "bash"], &["--help"]] {
+        for (stdout, code) in useless_stdouts() {
+            let output = command(&controller.url, args).stdout(stdout).stderr(Stdio::piped()).output();
+            let output = timeout(STEP_MAX, output).await.expect("it hangs").unwrap();
+            assert_eq!(output.status.code(), Some(code), "{args:?} {output:?}");
+            assert_eq!(stderr(&output).is_empty(), code == 0, "{args:?} {output:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_stderr_that_takes_nothing_changes_neither_result_nor_exit_code() {
+    let controller = Fake::start(|_, _| json(&format!(r#"{{"keys":[{KEY}]}}"#))).await;
+    for (args, code) in [(&["keys", "list", "--limit", "0"][..], 0), (&["keys", "show"], 2)] {
+        for (stderr, _) in useless_stdouts() {
+            let output = command(&controller.url, args).env("HOLDFAST_LOG", "trace").stderr(stderr).output();
+            let output = timeout(STEP_MAX, output).await.expect("it hangs").unwrap();
+            assert_eq!(output.status.code(), Some(code), "{args:?} {output:?}");
+        }
+    }
+}

@@ -15,6 +15,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, pipe, read, write};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 /// How often a watcher looks for what is left after the hard deadline.
@@ -22,6 +23,9 @@ const WATCHER_KILL_INTERVAL: Duration = Duration::from_millis(20);
 /// A watcher that has found nothing so often in a row has done its work: what was being forked during one look is seen
 /// by the next.
 const WATCHER_EMPTY_LOOKS: u32 = 2;
+
+/// Most that one process of a guard logs in its life, in bytes.
+const LOG_BYTES_MAX: usize = 256 * 1024;
 
 /// What [`contain`] has achieved.
 #[derive(Debug)]
@@ -238,7 +242,16 @@ pub fn kill_all(container: &Container, backend: Option<Pid>) {
     }
 }
 
-/// A line for the guard's log: its standard error.
+/// Adds a line to the guard's log, its standard error, up to [`LOG_BYTES_MAX`] by each of its processes.
 pub fn log_line(text: &str) {
-    eprintln!("guard {}: {text}", std::process::id());
+    static LOGGED_BYTES: AtomicUsize = AtomicUsize::new(0);
+    let line = format!("guard {}: {text}", std::process::id());
+    let before = LOGGED_BYTES.fetch_add(line.len(), Ordering::Relaxed);
+    match before {
+        LOG_BYTES_MAX.. => {}
+        _ if before + line.len() >= LOG_BYTES_MAX => {
+            holdfast_logging::line(&format!("{line}\nguard {}: no more is logged", std::process::id()));
+        }
+        _ => holdfast_logging::line(&line),
+    }
 }
