@@ -360,6 +360,15 @@ async fn logs_are_read_from_disk_and_followed_to_the_backends_end() {
     let mut file = std::fs::OpenOptions::new().append(true).open(&path).unwrap();
     file.write_all(b"two\n").unwrap();
     assert_eq!(timeout(STEP_MAX, lines.next_line()).await.unwrap().unwrap().as_deref(), Some("two"));
+    // The file is full: it is renamed, and the path leads to a new one at once.
+    std::fs::hard_link(&path, path.with_extension("log.1")).unwrap();
+    std::fs::write(path.with_extension("log.new"), "three\n").unwrap();
+    std::fs::rename(path.with_extension("log.new"), &path).unwrap();
+    assert_eq!(timeout(STEP_MAX, lines.next_line()).await.unwrap().unwrap().as_deref(), Some("three"));
+    assert_eq!(stdout(&run(&nobody, &logs).await), "one\ntwo\nthree\n");
+    std::fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(b"four\n").unwrap();
+    assert_eq!(timeout(STEP_MAX, lines.next_line()).await.unwrap().unwrap().as_deref(), Some("four"));
+    std::fs::remove_file(path.with_extension("log.1")).unwrap();
     std::fs::remove_file(&path).unwrap();
     assert!(timeout(STEP_MAX, follow.wait()).await.expect("it hangs").unwrap().success());
     // The service says that it has ended.

@@ -132,7 +132,12 @@ fn permit_in(dir: &Path) -> PathBuf {
 impl DockerRuntime {
     /// Reaches the engine, for as long as that takes, and ends what an earlier drone has left behind without a guard.
     /// Goes on to do so every so often.
-    pub async fn start(clock: DroneClock, dirs: BackendsDir, owner: Owner, config: DockerConfig) -> Self {
+    pub async fn start(
+        clock: DroneClock,
+        dirs: BackendsDir,
+        owner: Owner,
+        config: DockerConfig,
+    ) -> io::Result<Self> {
         let docker = reach(&config.socket).await;
         let runtime = Self {
             clock,
@@ -140,7 +145,7 @@ impl DockerRuntime {
             docker,
             config,
             owner,
-            family: Family::new(),
+            family: Family::new()?,
             stats_turn: Arc::new(Semaphore::new(stats::REQUESTS_MAX)),
             watched: Arc::default(),
         };
@@ -150,7 +155,7 @@ impl DockerRuntime {
         }
         info!(socket = %runtime.config.socket.display(), "containers that nobody guards are ended");
         tokio::spawn(keep_sweeping(runtime.clone()));
-        runtime
+        Ok(runtime)
     }
 
     fn watched(&self) -> HashSet<String> {
@@ -286,6 +291,7 @@ impl DockerRuntime {
             env: BTreeMap::new(),
             cwd: paths.dir,
             log: paths.output_log,
+            hide: None,
             open_files: None,
             container: Some(target),
             update: process::update(self.clock, want),
