@@ -15,12 +15,15 @@
 //! 1. Nothing but its guard starts a container, which has no restart policy.
 //! 2. Before the drone takes on anything, and every so often, what runs under its labels without a guard is ended.
 //! 3. Containers of others, other drones' included, are never touched.
+//! 4. A drone starts only where it can see the engine's processes. What the engine says runs, and was never seen here,
+//!    counts as running until the engine has removed it.
 
 mod create;
 mod end;
 mod fields;
 mod labels;
 mod mount;
+mod preflight;
 mod prune;
 mod stats;
 mod watch;
@@ -139,6 +142,7 @@ impl DockerRuntime {
         config: DockerConfig,
     ) -> io::Result<Self> {
         let docker = reach(&config.socket).await;
+        preflight::check(&config.socket).await?;
         let runtime = Self {
             clock,
             dirs,
