@@ -438,13 +438,18 @@ fn useless_stdouts() -> [(Stdio, i32); 2] {
     [(full.into(), 1), (closed.into(), 0)]
 }
 
+/// Runs a command to its end with the standard output and error that it was given.
+async fn finished(command: &mut Command) -> Output {
+    let output = command.spawn().unwrap().wait_with_output();
+    timeout(STEP_MAX, output).await.expect("it hangs").unwrap()
+}
+
 #[tokio::test]
 async fn a_full_stdout_is_a_failure_and_a_closed_one_is_a_quiet_end() {
     let controller = Fake::start(|_, _| json(&format!(r#"{{"keys":[{KEY}]}}"#))).await;
     for args in [&["keys", "list"][..], &["keys", "list", "--json"], &["completions", "bash"], &["--help"]] {
         for (stdout, code) in useless_stdouts() {
-            let output = command(&controller.url, args).stdout(stdout).stderr(Stdio::piped()).output();
-            let output = timeout(STEP_MAX, output).await.expect("it hangs").unwrap();
+            let output = finished(command(&controller.url, args).stdout(stdout).stderr(Stdio::piped())).await;
             assert_eq!(output.status.code(), Some(code), "{args:?} {output:?}");
             assert_eq!(stderr(&output).is_empty(), code == 0, "{args:?} {output:?}");
         }
@@ -456,8 +461,9 @@ async fn a_stderr_that_takes_nothing_changes_neither_result_nor_exit_code() {
     let controller = Fake::start(|_, _| json(&format!(r#"{{"keys":[{KEY}]}}"#))).await;
     for (args, code) in [(&["keys", "list", "--limit", "0"][..], 0), (&["keys", "show"], 2)] {
         for (stderr, _) in useless_stdouts() {
-            let output = command(&controller.url, args).env("HOLDFAST_LOG", "trace").stderr(stderr).output();
-            let output = timeout(STEP_MAX, output).await.expect("it hangs").unwrap();
+            let mut command = command(&controller.url, args);
+            let output =
+                finished(command.env("HOLDFAST_LOG", "trace").stdout(Stdio::null()).stderr(stderr)).await;
             assert_eq!(output.status.code(), Some(code), "{args:?} {output:?}");
         }
     }
