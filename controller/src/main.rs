@@ -6,7 +6,7 @@ use holdfast_controller::restore::RestoreFlags;
 use holdfast_controller::room;
 use holdfast_controller::serve::{ServeError, serve};
 use raft_store::OpenError;
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::process::ExitCode;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
@@ -25,7 +25,7 @@ const FAILED: u8 = 1;
 const LOG_DEFAULT: &str = "info,openraft=error";
 
 fn complain(error: &dyn std::fmt::Display) {
-    eprintln!("holdfast-controller: {error}");
+    holdfast_logging::line(&format!("holdfast-controller: {error}"));
 }
 
 fn log_filter(settings: &Settings) -> Result<EnvFilter, String> {
@@ -105,11 +105,7 @@ fn main() -> ExitCode {
             return ExitCode::from(WRONG_USE);
         }
     };
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
-        .init();
+    holdfast_logging::start(filter);
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {

@@ -21,7 +21,7 @@ use holdfast_wire::drone::{
     RenewKeysRequest, RenewKeysResponse,
 };
 use holdfast_wire::http::Executable;
-use holdfast_wire::lease::KILL_MS_MAX;
+use holdfast_wire::lease::{EXPIRY_MS_MAX, KILL_MS_MAX};
 use holdfast_wire::limits::RENEW_KEYS_MAX;
 use holdfast_wire::names::check_name;
 use holdfast_wire::{
@@ -194,7 +194,7 @@ impl Agent {
         };
         let mut end = None;
         if let Left::Guarded(_, link) = &left {
-            let Update { soft_boot_ms, hard_boot_ms, end: begun } = link.hello.update;
+            let Update { soft_boot_ms, hard_boot_ms, end: begun, .. } = link.hello.update;
             deadlines.soft_terminate_at = self.clock.of_boot_ms(soft_boot_ms);
             deadlines.hard_terminate_at = self.clock.of_boot_ms(hard_boot_ms);
             end = begun;
@@ -208,7 +208,9 @@ impl Agent {
             Some(EndNow::Soft { kill_boot_ms }) => self.clock.of_boot_ms(kill_boot_ms),
             _ => deadlines.hard_terminate_at,
         };
-        let first = Want { deadlines, end: kind, kill_at, kill_ms: self.kill_ms() };
+        let ready = matches!(&left, Left::Guarded(_, link) if link.hello.update.ready);
+        let (kill_ms, expiry_ms) = (self.kill_ms(), self.expiry_ms());
+        let first = Want { deadlines, end: kind, kill_at, kill_ms, expiry_ms, ready };
         let (want, wants) = watch::channel(first);
         self.admission.adopted(&id, deadlines.soft_terminate_at);
         self.ports.keep(address);
@@ -484,9 +486,14 @@ impl Agent {
         self.lease.map_or(KILL_MS_MAX, |lease| lease.kill_ms())
     }
 
+    /// Longest time that any deadline is ahead, in milliseconds.
+    fn expiry_ms(&self) -> u64 {
+        self.lease.map_or(EXPIRY_MS_MAX, |lease| lease.expiry_ms)
+    }
+
     fn renewed(&mut self, response: RenewKeysResponse) {
         let now = self.clock.now_ms();
-        let kill_ms = self.kill_ms();
+        let (kill_ms, expiry_ms) = (self.kill_ms(), self.expiry_ms());
         for key in response.keys {
             self.unconfirmed.remove(&key.backend);
             if let Some(deadlines) = key.deadlines {
@@ -496,6 +503,7 @@ impl Agent {
                             backend.want.send_modify(|want| {
                                 want.deadlines = deadlines;
                                 want.kill_ms = kill_ms;
+                                want.expiry_ms = expiry_ms;
                             });
                         }
                     }
@@ -604,6 +612,8 @@ impl Agent {
             end: None,
             kill_at: key.deadlines.hard_terminate_at,
             kill_ms: self.kill_ms(),
+            expiry_ms: self.expiry_ms(),
+            ready: false,
         };
         let (want, wants) = watch::channel(first);
         let mut backend = Backend::new(key.token, address, want);
@@ -662,7 +672,11 @@ impl Agent {
             fact => fact,
         };
         let Some(backend) = self.backends.get_mut(id) else { return Ok(()) };
-        backend.answers |= fact == Fact::Ready;
+        if fact == Fact::Ready {
+            backend.answers = true;
+            // Its guard tells a later drone, which then does not wait for an answer again.
+            backend.want.send_if_modified(|want| !std::mem::replace(&mut want.ready, true));
+        }
         let gone = fact == Fact::Gone;
         let exited = matches!(fact, Fact::Exited(_));
         let effects = backend.life.learn(fact);
@@ -819,7 +833,8 @@ async fn pass_on(
         };
         match fact {
             Fact::Started => asking = true,
-            Fact::Exited(_) | Fact::Killing => asking = false,
+            // Ready, if an earlier drone had an answer.
+            Fact::Ready | Fact::Exited(_) | Fact::Killing => asking = false,
             _ => {}
         }
         if inputs.send(Input::Backend { id: id.clone(), fact }).await.is_err() {

@@ -28,7 +28,7 @@ impl Init {
     /// The container's first process, found among all of the machine.
     pub fn find(container: &str) -> io::Result<Option<Self>> {
         for pid in members(container)? {
-            if is_first_in_namespace(pid)
+            if is_first_in_namespace(pid)?
                 && let Some(init) = Self::open(container, pid)?
             {
                 return Ok(Some(init));
@@ -68,8 +68,7 @@ pub fn kill_all(container: &str) -> io::Result<usize> {
 /// Numbers of the processes in the container's control group that have not ended.
 pub fn members(container: &str) -> io::Result<Vec<i32>> {
     let mut members = Vec::new();
-    for entry in fs::read_dir("/proc")? {
-        let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+    for pid in processes::pids()? {
         if belongs(container, pid)? {
             members.push(pid);
         }
@@ -79,14 +78,8 @@ pub fn members(container: &str) -> io::Result<Vec<i32>> {
 
 /// Whether this process is in the container's control group, or one below it, and has not ended.
 fn belongs(container: &str, pid: i32) -> io::Result<bool> {
-    let groups = match fs::read(format!("/proc/{pid}/cgroup")) {
-        Ok(groups) => groups,
-        Err(e) if e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ESRCH) => {
-            return Ok(false);
-        }
-        Err(e) => return Err(e),
-    };
-    Ok(names(&String::from_utf8_lossy(&groups), container) && !has_ended(pid))
+    let Some(groups) = processes::read(pid, "cgroup")? else { return Ok(false) };
+    Ok(names(&String::from_utf8_lossy(&groups), container) && !has_ended(pid)?)
 }
 
 /// Whether a line of `/proc/PID/cgroup` names the container: `…/docker/ID`, `…/docker-ID.scope`, or a group below.
@@ -99,13 +92,22 @@ fn names(groups: &str, container: &str) -> bool {
 }
 
 /// A zombie has ended, unless only its first thread has.
-fn has_ended(pid: i32) -> bool {
-    let threads = || fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
-    processes::one(pid).is_none_or(|process| process.zombie && threads() <= 1)
+fn has_ended(pid: i32) -> io::Result<bool> {
+    let Some(process) = processes::one(pid)? else { return Ok(true) };
+    if !process.zombie {
+        return Ok(false);
+    }
+    let mut threads = 0;
+    for thread in processes::if_there(fs::read_dir(format!("/proc/{pid}/task")))?.into_iter().flatten() {
+        // A thread that ends while it is listed ends the list.
+        threads += usize::from(processes::if_there(thread)?.is_some());
+    }
+    Ok(threads <= 1)
 }
 
-fn is_first_in_namespace(pid: i32) -> bool {
-    fs::read_to_string(format!("/proc/{pid}/status")).is_ok_and(|status| is_first(&status))
+fn is_first_in_namespace(pid: i32) -> io::Result<bool> {
+    let status = processes::read(pid, "status")?;
+    Ok(status.is_some_and(|status| is_first(&String::from_utf8_lossy(&status))))
 }
 
 /// `NSpid` holds the process' numbers from ours to the innermost namespace.
@@ -168,14 +170,14 @@ mod tests {
     fn a_zombie_has_ended_and_a_living_process_has_not() {
         let mut child = std::process::Command::new("sleep").arg("300").spawn().unwrap();
         let pid = i32::try_from(child.id()).unwrap();
-        assert!(!has_ended(pid));
+        assert!(!has_ended(pid).unwrap());
         let init = Init { pid, handle: processes::handle(pid).unwrap().unwrap() };
         assert!(!init.has_ended());
         init.signal(libc::SIGKILL).unwrap();
         let mut poll = libc::pollfd { fd: init.handle.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         // SAFETY: one valid pollfd.
         assert_eq!(unsafe { libc::poll(&raw mut poll, 1, 20_000) }, 1);
-        assert!(init.has_ended() && has_ended(pid), "nobody has reaped it yet");
+        assert!(init.has_ended() && has_ended(pid).unwrap(), "nobody has reaped it yet");
         child.wait().unwrap();
         assert!(processes::handle(pid).unwrap().is_none());
     }

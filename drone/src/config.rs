@@ -1,5 +1,6 @@
 //! Flags, environment and file: in this order of precedence.
 
+use crate::data_dir::OUTPUT_BYTES_MAX;
 use crate::discovery::{CONTROLLERS_MAX, base_url};
 use clap::{Parser, ValueEnum};
 use holdfast_wire::FieldError;
@@ -38,6 +39,12 @@ pub struct Flags {
     /// With --runtime docker, the directory below which backends may have directories mounted [default: none may]
     #[arg(long, env = "HOLDFAST_MOUNT_BASE", value_name = "DIR")]
     mount_base: Option<PathBuf>,
+    /// Start even where backends cannot be kept from the drone's own files and guards: without root
+    #[arg(long, env = "HOLDFAST_SHARED_USER", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    shared_user: Option<bool>,
+    /// Keep so much output of all backends together, in bytes [default: 4294967296]
+    #[arg(long, env = "HOLDFAST_OUTPUT_BYTES_MAX", value_name = "BYTES")]
+    output_bytes_max: Option<u64>,
     /// The address that the backends listen on and are reached by [default: 127.0.0.1]
     #[arg(long, env = "HOLDFAST_IP")]
     ip: Option<IpAddr>,
@@ -72,6 +79,8 @@ struct File {
     runtime: Option<RuntimeKind>,
     docker_socket: Option<PathBuf>,
     mount_base: Option<PathBuf>,
+    shared_user: Option<bool>,
+    output_bytes_max: Option<u64>,
     ip: Option<IpAddr>,
     pool: Option<String>,
     log: Option<String>,
@@ -117,6 +126,10 @@ pub struct Config {
     pub docker_socket: PathBuf,
     /// Below this are the directories that containers may have mounted.
     pub mount_base: Option<PathBuf>,
+    /// Start also where backends cannot be kept from the drone's files.
+    pub shared_user: bool,
+    /// Output of all backends together that is kept, in bytes.
+    pub output_bytes_max: u64,
     /// The backends' address.
     pub ip: IpAddr,
     /// The pool; empty for none.
@@ -188,8 +201,20 @@ impl Config {
                 problem: "must be an address that backends are reached by".into(),
             });
         }
-        let log = flags.log.or(file.log);
-        Ok(Self { name, controllers, cluster, data_dir, runtime, docker_socket, mount_base, ip, pool, log })
+        Ok(Self {
+            name,
+            controllers,
+            cluster,
+            data_dir,
+            runtime,
+            docker_socket,
+            mount_base,
+            shared_user: flags.shared_user.or(file.shared_user).unwrap_or(false),
+            output_bytes_max: flags.output_bytes_max.or(file.output_bytes_max).unwrap_or(OUTPUT_BYTES_MAX),
+            ip,
+            pool,
+            log: flags.log.or(file.log),
+        })
     }
 }
 
@@ -225,6 +250,7 @@ mod tests {
         let config = with(&["--runtime", "docker"]);
         assert_eq!((config.runtime, config.mount_base), (RuntimeKind::Docker, None));
         assert_eq!(config.docker_socket, PathBuf::from(DOCKER_SOCKET_DEFAULT));
+        assert!(!config.shared_user && with(&["--shared-user"]).shared_user);
         let config = with(&["--docker-socket", "/run/x.sock", "--mount-base", "/srv"]);
         assert_eq!((config.runtime, config.mount_base), (RuntimeKind::Process, Some(PathBuf::from("/srv"))));
         assert_eq!(config.docker_socket, PathBuf::from("/run/x.sock"));

@@ -3,32 +3,46 @@
 //! ```text
 //!   DIR/lock                           held by the running drone
 //!   DIR/cluster_id                     the cluster whose keys the backends here hold
-//!   DIR/backends/<id>/output.log       what the backend wrote
+//!   DIR/backends/<id>/output.log       what the backend wrote last
+//!   DIR/backends/<id>/output.log.1     what it wrote before that
 //!   DIR/backends/<id>/guard.log        what its guard noted
+//!   DIR/backends/<id>/work             the backend's own directory: empty at its start, and all that it sees of DIR
 //!   DIR/backends/<id>/journal          see [`crate::journal`]; as long as its end is not acknowledged
 //!   DIR/backends/<id>/outcome          how it ended, as its guard saw it
 //!   DIR/backends/<id>/guard.sock       where a later drone reaches its guard
 //! ```
 //!
-//! Bounded: directories of finished backends are removed, oldest first, beyond [`FINISHED_MAX`]; a log is emptied when
-//! it exceeds [`LOG_BYTES_MAX`]. A guard holds a shared lock on its `guard.log` as long as it or anything of its namespace
+//! Bounded: directories of finished backends are removed, oldest first, beyond [`FINISHED_MAX`]. A guard keeps its
+//! backend's output within two files of [`FILE_BYTES_MAX`] at all times; beyond [`OUTPUT_BYTES_MAX`] for the whole drone,
+//! the output of finished backends is removed, the oldest first, then the older files and at last the current ones of
+//! running backends, the largest first. A guard holds a shared lock on its `guard.log` as long as it or anything of its namespace
 //! lives (it inherits the locked file): a directory whose guard has outlived its drone is not removed.
 
+use crate::guard::output::{FILE_BYTES_MAX, older};
 use crate::guard::peer::{OUTCOME, SOCKET};
 use crate::journal::{Found, JOURNAL, JOURNAL_BYTES_MAX, OUTCOME_BYTES_MAX, Record};
 use nix::fcntl::{Flock, FlockArg};
 use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 /// Directories of finished backends that are kept.
 pub const FINISHED_MAX: usize = 1_000;
-/// Largest log of a backend, in bytes.
-pub const LOG_BYTES_MAX: u64 = 64 * 1024 * 1024;
+/// Output of all backends together that is kept, in bytes, unless the drone is told otherwise.
+pub const OUTPUT_BYTES_MAX: u64 = 4 * 1024 * 1024 * 1024;
+/// Largest log of a guard, in bytes. A guard stops long before it.
+const GUARD_LOG_BYTES_MAX: u64 = 16 * 1024 * 1024;
+/// Names the backend's own directory in its environment. Ids are unique in a cluster only, directories on the machine.
+pub const ENV_BACKEND_DIR: &str = "HOLDFAST_BACKEND_DIR";
+/// Name of a backend's own directory.
+pub(crate) const WORK: &str = "work";
 /// Name of a guard's log.
 pub(crate) const GUARD_LOG: &str = "guard.log";
+/// Permissions of the data directory.
+const DIR_MODE: u32 = 0o700;
 /// Longest cluster id, in bytes.
 const CLUSTER_ID_BYTES_MAX: u64 = 1_024;
 
@@ -52,6 +66,7 @@ pub enum DataDirError {
 #[derive(Debug)]
 pub struct DataDir {
     path: PathBuf,
+    output_bytes_max: u64,
     _lock: Flock<File>,
 }
 
@@ -60,6 +75,10 @@ impl DataDir {
     pub fn open(path: &Path) -> Result<Self, DataDirError> {
         let io_at = |source| DataDirError::Io { path: path.to_owned(), source };
         fs::create_dir_all(path.join("backends")).map_err(io_at)?;
+        // What backends write, and what their guards can be told, is the drone's user's alone.
+        if fs::metadata(path).map_err(io_at)?.permissions().mode() & 0o777 != DIR_MODE {
+            fs::set_permissions(path, fs::Permissions::from_mode(DIR_MODE)).map_err(io_at)?;
+        }
         // Guards have another working directory.
         let path = fs::canonicalize(path).map_err(io_at)?;
         let lock = OpenOptions::new()
@@ -69,10 +88,16 @@ impl DataDir {
             .open(path.join("lock"))
             .map_err(|source| DataDirError::Io { path: path.clone(), source })?;
         match Flock::lock(lock, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => Ok(Self { path, _lock: lock }),
+            Ok(lock) => Ok(Self { path, output_bytes_max: OUTPUT_BYTES_MAX, _lock: lock }),
             Err((_, nix::errno::Errno::EWOULDBLOCK)) => Err(DataDirError::InUse(path)),
             Err((_, e)) => Err(DataDirError::Io { path, source: e.into() }),
         }
+    }
+
+    /// Keeps so many bytes of all backends' output together.
+    pub fn with_output_bytes_max(mut self, bytes: u64) -> Self {
+        self.output_bytes_max = bytes;
+        self
     }
 
     /// The cluster id that was kept, if any.
@@ -102,9 +127,14 @@ impl DataDir {
         write().map_err(|source| DataDirError::Io { path: path.clone(), source })
     }
 
+    /// Where it is, without links.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The directories of the backends.
     pub fn backends(&self) -> BackendsDir {
-        BackendsDir { path: self.path.join("backends") }
+        BackendsDir { path: self.path.join("backends"), output_bytes_max: self.output_bytes_max }
     }
 }
 
@@ -112,13 +142,16 @@ impl DataDir {
 #[derive(Debug, Clone)]
 pub struct BackendsDir {
     path: PathBuf,
+    output_bytes_max: u64,
 }
 
 /// The places of one backend.
 #[derive(Debug)]
 pub struct BackendPaths {
-    /// Its directory, and working directory by default.
+    /// Its directory, with the control files.
     pub dir: PathBuf,
+    /// The backend's own directory, and working directory by default.
+    pub work: PathBuf,
     /// Its standard output and error.
     pub output_log: PathBuf,
     /// Its guard's notes.
@@ -128,14 +161,29 @@ pub struct BackendPaths {
 impl BackendsDir {
     fn paths(&self, backend: &str) -> BackendPaths {
         let dir = self.path.join(backend);
-        BackendPaths { output_log: dir.join("output.log"), guard_log: dir.join(GUARD_LOG), dir }
+        BackendPaths {
+            output_log: dir.join("output.log"),
+            guard_log: dir.join(GUARD_LOG),
+            work: dir.join(WORK),
+            dir,
+        }
     }
 
     /// Makes a backend's directory. The name must have been checked.
     pub fn create(&self, backend: &str) -> io::Result<BackendPaths> {
         let paths = self.paths(backend);
-        fs::create_dir_all(&paths.dir)?;
+        fs::create_dir_all(&paths.work)?;
         Ok(paths)
+    }
+
+    /// A variable that names the backend in its own environment, and is like no other's on this machine.
+    pub(crate) fn mark(&self, backend: &str) -> String {
+        format!("{ENV_BACKEND_DIR}={}", self.paths(backend).work.display())
+    }
+
+    /// Where the backend's guard notes things.
+    pub(crate) fn guard_log(&self, backend: &str) -> PathBuf {
+        self.paths(backend).guard_log
     }
 
     /// Opens a guard's log for appending, locked as long as anybody has it open.
@@ -204,31 +252,110 @@ impl BackendsDir {
     }
 
     /// Enforces the bounds. `running`, what an earlier drone's guard still runs, and what is still to be reported are not
-    /// removed.
+    /// removed. What fails does not keep the rest from being done; the first failure is the answer.
     pub fn tidy(&self, running: &HashSet<String>) -> io::Result<()> {
-        let mut finished: Vec<(SystemTime, PathBuf)> = Vec::new();
+        let mut failures = Failures::default();
+        let (mut finished, mut outputs) = (Vec::new(), Vec::new());
         for entry in fs::read_dir(&self.path)? {
             let entry = entry?;
             let Ok(name) = entry.file_name().into_string() else { continue };
-            if running.contains(&name) {
-                let paths = self.paths(&name);
-                for log in [paths.output_log, paths.guard_log] {
-                    empty_if_too_long(&log)?;
-                }
+            let paths = self.paths(&name);
+            let is_running = running.contains(&name);
+            let changed = entry.metadata().and_then(|meta| meta.modified());
+            let changed = failures.note(&paths.dir, changed).unwrap_or(SystemTime::now());
+            if is_running {
+                failures.note(&paths.guard_log, empty_if_longer(&paths.guard_log, GUARD_LOG_BYTES_MAX));
+                // A guard of an earlier version does not limit it.
+                failures.note(&paths.output_log, empty_if_longer(&paths.output_log, 2 * FILE_BYTES_MAX));
             } else {
-                let changed = entry.metadata()?.modified().unwrap_or(SystemTime::UNIX_EPOCH);
-                finished.push((changed, entry.path()));
+                finished.push((changed, paths.dir.clone()));
+            }
+            for (path, is_current) in [(older(&paths.output_log), false), (paths.output_log, true)] {
+                match fs::metadata(&path) {
+                    Ok(meta) => {
+                        outputs.push(OutputFile { is_running, is_current, changed, bytes: meta.len(), path });
+                    }
+                    Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                    Err(e) => failures.add(&path, &e),
+                }
             }
         }
         finished.sort();
-        let surplus = finished.len().saturating_sub(FINISHED_MAX);
-        let over = |dir: &Path| !has_guard(&dir.join(GUARD_LOG)) && !dir.join(JOURNAL).exists();
-        let guardless = finished.into_iter().filter(|(_, dir)| over(dir));
-        for (_, dir) in guardless.take(surplus) {
-            fs::remove_dir_all(dir)?;
+        let mut surplus = finished.len().saturating_sub(FINISHED_MAX);
+        for (_, dir) in finished {
+            if surplus == 0 {
+                break;
+            }
+            match is_over(&dir).and_then(|is_over| if is_over { fs::remove_dir_all(&dir) } else { Ok(()) }) {
+                Ok(()) => surplus -= usize::from(!dir.exists()),
+                Err(e) => failures.add(&dir, &e),
+            }
         }
-        Ok(())
+        outputs.retain(|output| output.path.exists());
+        for (path, cut) in surplus_output(outputs, self.output_bytes_max) {
+            failures.note(&path, if cut { empty_if_longer(&path, 0) } else { fs::remove_file(&path) });
+        }
+        failures.first.map_or(Ok(()), Err)
     }
+}
+
+/// Whether nothing needs this directory any more. An error says that something may.
+fn is_over(dir: &Path) -> io::Result<bool> {
+    Ok(!has_guard(&dir.join(GUARD_LOG)) && !dir.join(JOURNAL).try_exists()?)
+}
+
+/// Failures that do not keep the rest from being done.
+#[derive(Debug, Default)]
+struct Failures {
+    first: Option<io::Error>,
+}
+
+impl Failures {
+    fn note<T>(&mut self, path: &Path, result: io::Result<T>) -> Option<T> {
+        match result {
+            Ok(done) => Some(done),
+            Err(e) => {
+                self.add(path, &e);
+                None
+            }
+        }
+    }
+
+    fn add(&mut self, path: &Path, e: &io::Error) {
+        self.first.get_or_insert_with(|| io::Error::new(e.kind(), format!("{}: {e}", path.display())));
+    }
+}
+
+/// A file of a backend's output.
+#[derive(Debug, Clone)]
+struct OutputFile {
+    is_running: bool,
+    /// It may be written to.
+    is_current: bool,
+    /// When its directory was changed.
+    changed: SystemTime,
+    bytes: u64,
+    path: PathBuf,
+}
+
+/// What has to go so that no more than `bytes_max` are left; true: cut, because its guard has it open.
+fn surplus_output(mut files: Vec<OutputFile>, bytes_max: u64) -> Vec<(PathBuf, bool)> {
+    let mut bytes: u64 = files.iter().map(|file| file.bytes).sum();
+    files.sort_by(|a, b| {
+        // Ended backends by age, running ones by size.
+        let age = |file: &OutputFile| if file.is_running { SystemTime::UNIX_EPOCH } else { file.changed };
+        let rank = |file: &OutputFile| (file.is_running, file.is_running && file.is_current, age(file));
+        rank(a).cmp(&rank(b)).then(b.bytes.cmp(&a.bytes))
+    });
+    let mut surplus = Vec::new();
+    for file in files {
+        if bytes <= bytes_max {
+            break;
+        }
+        bytes -= file.bytes;
+        surplus.push((file.path, file.is_running && file.is_current));
+    }
+    surplus
 }
 
 /// A file's content, if it is there; of one that is too long, as much as is enough to be damaged.
@@ -252,10 +379,10 @@ pub(crate) fn has_guard(guard_log: &Path) -> bool {
     }
 }
 
-/// Its writers append, so they go on at the new end.
-fn empty_if_too_long(log: &Path) -> io::Result<()> {
+/// Its writers append, so they continue at the new end.
+fn empty_if_longer(log: &Path, bytes_max: u64) -> io::Result<()> {
     match fs::metadata(log) {
-        Ok(meta) if meta.len() > LOG_BYTES_MAX => OpenOptions::new().write(true).open(log)?.set_len(0),
+        Ok(meta) if meta.len() > bytes_max => OpenOptions::new().write(true).open(log)?.set_len(0),
         Ok(_) => Ok(()),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(e) => Err(e),
@@ -294,7 +421,7 @@ mod tests {
             backends.create(&format!("ba-{i}")).unwrap();
         }
         let log = backends.create("running").unwrap().output_log;
-        File::create(&log).unwrap().set_len(LOG_BYTES_MAX + 1).unwrap();
+        File::create(&log).unwrap().set_len(2 * FILE_BYTES_MAX + 1).unwrap();
         let running = HashSet::from(["running".to_owned(), "ba-0".to_owned()]);
         // The guard of an earlier drone still runs; another one has ended.
         let guarded = BackendsDir::open_guard_log(&backends.create("ba-1").unwrap()).unwrap();
@@ -310,5 +437,91 @@ mod tests {
         assert_eq!(fs::metadata(log).unwrap().len(), 0);
         assert!(dir.path().join("backends/ba-0").exists());
         assert_eq!(fs::read_dir(dir.path().join("backends")).unwrap().count(), FINISHED_MAX + 2);
+    }
+
+    #[test]
+    fn the_output_of_the_oldest_goes_first_and_of_the_running_the_largest() {
+        let file = |name: &str, is_running, is_current, age_s: u64, bytes: u64| OutputFile {
+            is_running,
+            is_current,
+            changed: SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1_000 - age_s),
+            bytes,
+            path: PathBuf::from(name),
+        };
+        let files = vec![
+            file("run-big", true, true, 0, 30),
+            file("run-small", true, true, 900, 10),
+            file("run-small.1", true, false, 900, 5),
+            file("run-big.1", true, false, 0, 20),
+            file("new", false, true, 1, 7),
+            file("old", false, true, 500, 3),
+        ];
+        let surplus = |bytes_max| {
+            let surplus = surplus_output(files.clone(), bytes_max);
+            surplus.iter().map(|(path, cut)| (path.to_str().unwrap().to_owned(), *cut)).collect::<Vec<_>>()
+        };
+        assert_eq!(surplus(75), []);
+        assert_eq!(surplus(74), [("old".to_owned(), false)]);
+        let names: Vec<_> = surplus(0).into_iter().collect();
+        let expected = [
+            ("old", false),
+            ("new", false),
+            ("run-big.1", false),
+            ("run-small.1", false),
+            ("run-big", true),
+            ("run-small", true),
+        ];
+        assert_eq!(names, expected.map(|(name, cut)| (name.to_owned(), cut)));
+    }
+
+    #[test]
+    fn all_output_together_is_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let backends = DataDir::open(dir.path()).unwrap().with_output_bytes_max(2_500).backends();
+        let write = |name: &str| {
+            let log = backends.create(name).unwrap().output_log;
+            fs::write(&log, vec![b'x'; 1_000]).unwrap();
+            log
+        };
+        let (ended, running) = (write("ended"), write("running"));
+        fs::write(older(&running), vec![b'x'; 1_000]).unwrap();
+        backends.tidy(&HashSet::from(["running".to_owned()])).unwrap();
+        assert!(!ended.exists() && running.exists() && older(&running).exists());
+        let smaller = BackendsDir { output_bytes_max: 500, ..backends };
+        smaller.tidy(&HashSet::from(["running".to_owned()])).unwrap();
+        assert!(!older(&running).exists());
+        assert_eq!(fs::metadata(running).unwrap().len(), 0);
+    }
+
+    #[test]
+    fn one_directory_that_cannot_be_removed_does_not_keep_the_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let backends = DataDir::open(dir.path()).unwrap().backends();
+        for i in 0..FINISHED_MAX + 2 {
+            let paths = backends.create(&format!("ba-{i}")).unwrap();
+            let age = std::time::Duration::from_secs(if i < 3 { 9_000 - i as u64 } else { 1_000 });
+            File::open(&paths.dir).unwrap().set_modified(SystemTime::now() - age).unwrap();
+        }
+        // A mount point for root, who may remove everything else; else a directory that may not be changed.
+        let (oldest, none) = (dir.path().join("backends/ba-0/work"), None::<&str>);
+        let is_root = nix::unistd::geteuid().is_root();
+        if is_root {
+            let flags = nix::mount::MsFlags::empty();
+            nix::mount::mount(Some("x"), &oldest, Some("tmpfs"), flags, none).unwrap();
+        } else {
+            fs::write(oldest.join("file"), "").unwrap();
+            fs::set_permissions(&oldest, fs::Permissions::from_mode(0o500)).unwrap();
+        }
+        let tidied = backends.tidy(&HashSet::new());
+        if is_root {
+            nix::mount::umount(&oldest).unwrap();
+        } else {
+            fs::set_permissions(&oldest, fs::Permissions::from_mode(0o700)).unwrap();
+        }
+        assert!(tidied.unwrap_err().to_string().contains("ba-0"), "the failure is named");
+        for i in 1..3 {
+            assert!(!dir.path().join(format!("backends/ba-{i}")).exists(), "ba-{i}");
+        }
+        assert_eq!(fs::read_dir(dir.path().join("backends")).unwrap().count(), FINISHED_MAX);
     }
 }

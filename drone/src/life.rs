@@ -52,6 +52,7 @@ impl Fact {
             Report::Started { .. } => Some(Self::Started),
             Report::NotStarted { late: true, .. } => Some(Self::StartedTooLate),
             Report::NotStarted { late: false, .. } => Some(Self::Failed),
+            Report::Ready => Some(Self::Ready),
             Report::SoftDeadline => Some(Self::SoftDeadline),
             Report::Killing => Some(Self::Killing),
             Report::Exited { code, .. } => Some(Self::Exited(*code)),

@@ -9,10 +9,11 @@ use holdfast_drone::data_dir::DataDir;
 use holdfast_drone::discovery::Discovery;
 use holdfast_drone::guard::{self, GUARD_ARGUMENT};
 use holdfast_drone::journal;
-use holdfast_drone::open_files::OpenFiles;
+use holdfast_drone::open_files::{self, OpenFiles};
 use holdfast_drone::runtime::Runtime;
 use holdfast_drone::runtime::docker::{DockerConfig, DockerRuntime, Owner};
 use holdfast_drone::runtime::process::ProcessRuntime;
+use holdfast_drone::runtime::supervised::Supervised;
 use holdfast_drone::session::{Identity, Session, random_incarnation};
 use std::io;
 use std::process::ExitCode;
@@ -25,6 +26,9 @@ use tracing_subscriber::EnvFilter;
 
 /// Something failed while it ran.
 const EXIT_FAILED: u8 = 1;
+/// What `--shared-user` gives up.
+const SHARED_USER_LOSS: &str = "a backend can read and remove the drone's files and those of other backends, and signal \
+                                guards, so that a faulty one can end all others";
 /// Wrong use.
 const EXIT_USAGE: u8 = 2;
 
@@ -46,10 +50,29 @@ fn main() -> ExitCode {
         },
         None => EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info")),
     };
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).init();
+    holdfast_logging::start(filter);
     let data_dir = match DataDir::open(&config.data_dir) {
-        Ok(data_dir) => data_dir,
+        Ok(data_dir) => data_dir.with_output_bytes_max(config.output_bytes_max),
         Err(e) => return usage(&e),
+    };
+    let hides_data_dir = match config.runtime {
+        // A container sees nothing of it.
+        RuntimeKind::Docker => false,
+        RuntimeKind::Process => match guard::probe(data_dir.path()) {
+            Ok(()) => true,
+            Err(e) if config.shared_user => {
+                warn!(
+                    "--shared-user, since backends cannot have mounts of their own ({e}): {SHARED_USER_LOSS}"
+                );
+                false
+            }
+            Err(e) => {
+                return usage(&format!(
+                    "backends cannot have mounts of their own ({e}): run the drone as root with CAP_SYS_ADMIN, or accept \
+                     with --shared-user that {SHARED_USER_LOSS}"
+                ));
+            }
+        },
     };
     let docker = match config.runtime {
         RuntimeKind::Process => None,
@@ -64,9 +87,19 @@ fn main() -> ExitCode {
     if let Err(e) = nix::sys::prctl::set_child_subreaper(true) {
         warn!("cannot become a child subreaper: {e}");
     }
-    let open_files = match OpenFiles::raise() {
+    let backends_open_files = match OpenFiles::raise() {
         Ok((before, after)) => {
             info!(from = before.soft, to = after.soft, "limit of open files raised as far as it may be");
+            if after.soft < open_files::WANTED {
+                warn!(
+                    limit = after.soft,
+                    "{} open files are enough for about {} backends; raise the hard limit (LimitNOFILE=) to {} for {}",
+                    after.soft,
+                    after.backends(),
+                    open_files::WANTED,
+                    open_files::BACKENDS_MAX
+                );
+            }
             Some(before)
         }
         Err(e) => {
@@ -81,7 +114,7 @@ fn main() -> ExitCode {
             return ExitCode::from(EXIT_FAILED);
         }
     };
-    match runtime.block_on(run(config, clock, data_dir, open_files, docker)) {
+    match runtime.block_on(run(config, clock, data_dir, hides_data_dir, backends_open_files, docker)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             error!("{e}");
@@ -91,7 +124,7 @@ fn main() -> ExitCode {
 }
 
 fn usage(problem: &dyn std::fmt::Display) -> ExitCode {
-    eprintln!("holdfast-drone: {problem}");
+    holdfast_logging::line(&format!("holdfast-drone: {problem}"));
     ExitCode::from(EXIT_USAGE)
 }
 
@@ -99,6 +132,7 @@ async fn run(
     config: Config,
     clock: DroneClock,
     data_dir: DataDir,
+    hides_data_dir: bool,
     backends_open_files: Option<OpenFiles>,
     docker: Option<DockerConfig>,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
@@ -112,27 +146,37 @@ async fn run(
     let (inputs, waiting) = mpsc::channel(INPUTS_MAX);
     let backends: Arc<dyn Runtime> = match docker {
         None => {
-            let mut backends = ProcessRuntime::new(clock, data_dir.backends());
+            let mut backends = ProcessRuntime::new(clock, data_dir.backends())?;
             if let Some(open_files) = backends_open_files {
                 backends = backends.with_open_files(open_files);
+            }
+            if hides_data_dir {
+                backends = backends.with_hidden(data_dir.path().to_owned());
             }
             Arc::new(backends)
         }
         Some(docker) => {
             let owner = Owner { cluster: identity.cluster.clone(), drone: identity.name.clone() };
             // Nothing is taken on, and nobody is told that we are here, before it is done.
-            Arc::new(DockerRuntime::start(clock, data_dir.backends(), owner, docker).await)
+            Arc::new(DockerRuntime::start(clock, data_dir.backends(), owner, docker).await?)
         }
     };
+    let backends: Arc<dyn Runtime> = Arc::new(Supervised::new(backends));
     let boot_id = journal::boot_id()?;
     // Before anything is taken on: what an earlier drone has left is known, and what nobody knows is ended.
     let left = adopt::find(&data_dir.backends(), backends.as_ref(), &boot_id).await?;
     let agent = Agent::new(clock, data_dir, backends, config.ip, inputs.clone(), boot_id, left)?;
     let session = Session::new(identity, clock, Discovery::new(config.controllers)?, inputs.clone());
     let stop = CancellationToken::new();
-    let session = tokio::spawn(session.run(stop.clone()));
+    let mut session = tokio::spawn(session.run(stop.clone()));
     let signals = tokio::spawn(pass_on_signals(inputs)?);
-    let result = agent.run(waiting).await;
+    let result = tokio::select! {
+        result = agent.run(waiting) => result,
+        // It ends only when it is told to, or by a panic. The next drone adopts the backends.
+        ended = &mut session => {
+            return Err(format!("the session with the controllers has failed: {ended:?}").into());
+        }
+    };
     signals.abort();
     stop.cancel();
     // Closes the socket, so that the controllers need not find out.

@@ -4,6 +4,16 @@
 use serde::{Deserialize, Serialize};
 use std::io;
 
+/// Backends that a drone is made for.
+pub const BACKENDS_MAX: u64 = 20_000;
+/// Descriptors of the drone for one backend: its guard's pipes and handles on three processes, and one that comes and goes
+/// while its first answer is asked for.
+const FILES_PER_BACKEND: u64 = 8;
+/// Descriptors of the drone beside those.
+const FILES_RESERVED: u64 = 1_024;
+/// What a drone with [`BACKENDS_MAX`] backends needs.
+pub const WANTED: u64 = BACKENDS_MAX * FILES_PER_BACKEND + FILES_RESERVED;
+
 /// A limit of open files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OpenFiles {
@@ -34,11 +44,22 @@ impl OpenFiles {
         }
     }
 
-    /// Raises this process's limit as far as it may; answers what it was and what it is.
+    /// Raises this process's limit as far as it may, and with the right to do so (`CAP_SYS_RESOURCE`) to what is
+    /// [`WANTED`]; answers what it was and what it is.
     pub fn raise() -> io::Result<(Self, Self)> {
         let before = Self::current()?;
+        let hard = before.hard.max(WANTED);
+        let wanted = Self { soft: hard, hard };
+        if wanted.apply().is_ok() {
+            return Ok((before, wanted));
+        }
         let after = Self { soft: before.hard, ..before };
         after.apply()?;
         Ok((before, after))
+    }
+
+    /// Backends that this limit is enough for.
+    pub fn backends(self) -> u64 {
+        self.soft.saturating_sub(FILES_RESERVED) / FILES_PER_BACKEND
     }
 }

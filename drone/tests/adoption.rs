@@ -1,4 +1,5 @@
 //! A drone that ends, and its successor on the same data directory.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "what a test prints is read by people")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on has failed")]
 
 mod common;
@@ -160,7 +161,7 @@ async fn a_backend_that_ended_while_no_drone_was_there_is_reported_with_its_exit
     let backend = "ba-ended";
     let (drone, _conn) = running(&mut fake, dir.path(), backend, UNTIL_TOLD).await;
     kill9(drone);
-    std::fs::write(dir_of(dir.path(), backend).join("done"), "").unwrap();
+    std::fs::write(dir_of(dir.path(), backend).join("work/done"), "").unwrap();
     vanished(backend).await;
     let _drone = Drone::start(&fake.url, dir.path());
     let mut conn = fake.conn().await;
@@ -182,7 +183,7 @@ async fn an_adopted_backend_that_ends_is_reported_with_its_exit_code() {
     let _drone = Drone::start(&fake.url, dir.path());
     let mut conn = fake.conn().await;
     conn.renewal().await;
-    std::fs::write(dir_of(dir.path(), backend).join("done"), "").unwrap();
+    std::fs::write(dir_of(dir.path(), backend).join("work/done"), "").unwrap();
     let state = terminated(&mut conn, backend).await;
     assert!(matches!(state, BackendState::Terminated { reason: None, exit_code: Some(7), .. }), "{state:?}");
 }
@@ -417,7 +418,7 @@ async fn an_end_that_was_begun_goes_on_under_the_successor() {
         Action::Terminate { kind: TerminationKind::Soft, reason: TerminationReason::External },
     );
     conn.expect(backend, BackendStatus::Terminating).await;
-    let asked = dir_of(dir.path(), backend).join("asked");
+    let asked = dir_of(dir.path(), backend).join("work/asked");
     soon("it is asked to end", async {
         while !asked.exists() {
             tokio::time::sleep(std::time::Duration::from_millis(10)).await;
@@ -472,4 +473,56 @@ async fn the_successors_cluster_is_another_one_and_the_old_ones_backends_end_fir
     let _conn = fake.conn().await;
     vanished(backend).await;
     forgotten(dir.path(), backend).await;
+}
+
+#[tokio::test]
+async fn a_backend_that_was_ready_is_so_under_the_successor_unasked() {
+    let mut fake = Fake::start(long()).await;
+    let dir = tempfile::tempdir().unwrap();
+    let backend = "ba-was-ready";
+    let (drone, mut conn) = running(&mut fake, dir.path(), backend, FOREVER).await;
+    let journal = std::fs::read(dir_of(dir.path(), backend).join("journal")).unwrap();
+    let address = Record::decode(&journal).unwrap().address;
+    let server = common::answer_http(address).await;
+    conn.expect(backend, BackendStatus::Ready).await;
+    // From now on it answers nothing, as one that is busy with its connections.
+    server.abort();
+    // Its guard is told at the same time; two heartbeats later it was.
+    conn.heartbeat().await;
+    conn.heartbeat().await;
+    kill9(drone);
+    let _next = Drone::start(&fake.url, dir.path());
+    let mut conn = fake.conn().await;
+    loop {
+        let event = conn.event().await;
+        assert!(event.state.status() <= BackendStatus::Ready, "{event:?}");
+        if event.state.status() == BackendStatus::Ready {
+            break;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_drone_ends_nothing_of_another_drone_with_the_same_backend_id() {
+    let (mut fake, mut other_fake) = (Fake::start(long()).await, Fake::start(long()).await);
+    let (dir, other_dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let backend = "ba-of-two-clusters";
+    let (_other, mut other_conn) = running(&mut other_fake, other_dir.path(), backend, FOREVER).await;
+    let others = pids(backend);
+    let (drone, _conn) = running(&mut fake, dir.path(), backend, FOREVER).await;
+    assert!(pids(backend).len() > others.len());
+    kill9(drone);
+    // What was left has to be ended by its id.
+    std::fs::write(dir_of(dir.path(), backend).join("journal"), "").unwrap();
+    let _next = Drone::start(&fake.url, dir.path());
+    let mut conn = fake.conn().await;
+    conn.waiting("ba-of-one", FOREVER).await;
+    soon("its own is ended", async {
+        while pids(backend).len() > others.len() {
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+    assert_eq!(pids(backend), others, "the other drone's lives on");
+    other_conn.heartbeat().await;
 }

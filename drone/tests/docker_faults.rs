@@ -1,5 +1,6 @@
 //! Drone, guard and engine of containers fail, one by one and together. Whether a backend lives is asked of the machine.
 
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "what a test prints is read by people")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on has failed")]
 
 mod common;
@@ -103,7 +104,7 @@ fn deputies(guards: &[Pid]) -> Vec<Pid> {
     let is_deputy =
         |process: &processes::Process| guards.iter().any(|guard| guard.as_raw() == process.parent);
     let deputies: Vec<Pid> =
-        processes::all().iter().filter(|p| is_deputy(p)).map(|p| Pid::from_raw(p.pid)).collect();
+        processes::all().unwrap().iter().filter(|p| is_deputy(p)).map(|p| Pid::from_raw(p.pid)).collect();
     assert_eq!(deputies.len(), guards.len(), "each has one");
     deputies
 }

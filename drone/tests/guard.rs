@@ -1,10 +1,12 @@
 //! The guard with real processes: it is armed as the drone does it, and then the drone, the guard or the backend
 //! misbehaves. What is alive is found by a mark in the environment that all descendants inherit.
 
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "what a test prints is read by people")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on has failed")]
 
 mod common;
 
+use common::readable_by_others;
 use holdfast_drone::clock::boot_ms;
 use holdfast_drone::guard::{Arm, EndNow, Report, Update};
 use holdfast_drone::processes;
@@ -44,7 +46,7 @@ impl Drop for Guarded {
 
 fn update(soft_in_ms: i64, hard_in_ms: i64, end: Option<EndNow>) -> Update {
     let now = boot_ms();
-    Update { soft_boot_ms: now + soft_in_ms, hard_boot_ms: now + hard_in_ms, end }
+    Update { soft_boot_ms: now + soft_in_ms, hard_boot_ms: now + hard_in_ms, end, ..Update::default() }
 }
 
 /// Arms a guard with a shell script.
@@ -64,11 +66,7 @@ fn guarded_by(mut program: Command, command: &[&str], update: Update) -> Guarded
             ("PATH".to_owned(), std::env::var("PATH").unwrap()),
             (name.to_owned(), value.to_owned()),
         ]),
-        cwd: dir.path().to_owned(),
-        log: dir.path().join("output.log"),
-        open_files: None,
-        container: None,
-        update,
+        ..common::arm(dir.path(), update)
     };
     let mut stdin = guard.stdin.take().unwrap();
     writeln!(stdin, "{}", serde_json::to_string(&arm).unwrap()).unwrap();
@@ -285,7 +283,7 @@ fn hangs_before_its_exec(guard: Command) {
     drop(guarded.stdin.take());
     let guard = i32::try_from(guarded.guard.id()).unwrap();
     let end = Instant::now() + PATIENCE;
-    while processes::all().iter().filter(|p| p.parent == guard).count() < 2 {
+    while processes::all().unwrap().iter().filter(|p| p.parent == guard).count() < 2 {
         assert!(Instant::now() < end, "no child that hangs");
         std::thread::sleep(Duration::from_millis(10));
     }
@@ -340,6 +338,73 @@ fn a_soft_end_gets_its_grace_and_then_a_kill() {
     assert!(boot_ms() >= kill_boot_ms);
     assert!(matches!(guarded.event(), Report::Exited { signal: Some(9), .. }));
     assert_eq!(guarded.event(), Report::Gone);
+}
+
+/// A shell that ends at SIGTERM, and a server that needs a second to flush. `:` keeps the shell from becoming the server.
+const SERVER_BELOW_A_SHELL: &str = "PREFIX sh -c 'trap \"sleep 1; touch flushed; exit 0\" TERM; touch up; \
+                                    while :; do sleep 0.02; done'; :";
+
+fn the_whole_backend_has_the_grace(guard: impl Fn() -> Command) {
+    // In the shell's process group, and in a session of its own.
+    for prefix in ["", "setsid"] {
+        let script = SERVER_BELOW_A_SHELL.replace("PREFIX", prefix);
+        let mut guarded = guarded_by(guard(), &["sh", "-c", &script], update(60_000, 70_000, None));
+        guarded.started();
+        guarded.wait_for_file("up");
+        let kill_boot_ms = boot_ms() + 15_000;
+        guarded.say(update(60_000, 70_000, Some(EndNow::Soft { kill_boot_ms })));
+        assert!(matches!(guarded.event(), Report::Exited { .. }));
+        assert!(!guarded.dir.path().join("flushed").exists(), "the shell ends first");
+        assert_eq!(guarded.event(), Report::Gone);
+        assert!(guarded.dir.path().join("flushed").exists(), "{prefix}: the server was killed");
+        assert!(boot_ms() < kill_boot_ms, "nothing is left to wait for");
+        assert_eq!(marked(&guarded.mark), [0i32; 0]);
+        assert!(guarded.guard.wait().unwrap().success());
+    }
+}
+
+#[test]
+fn a_soft_end_gives_the_whole_backend_the_grace_period() {
+    the_whole_backend_has_the_grace(|| Command::new(GUARD));
+}
+
+#[test]
+fn a_soft_end_without_a_namespace_gives_all_the_grace_period() {
+    if !is_root() || !readable_by_others(Path::new(GUARD)) {
+        eprintln!("skipped: cannot start a guard as another user here");
+        return;
+    }
+    the_whole_backend_has_the_grace(|| {
+        let mut guard = Command::new(GUARD);
+        guard.uid(NOBODY).gid(NOBODY);
+        guard
+    });
+}
+
+fn what_outlives_the_grace_is_killed(guard: Command) {
+    let script = "sh -c 'trap \"\" TERM; touch up; while :; do sleep 300; done'; :";
+    let mut guarded = guarded_by(guard, &["sh", "-c", script], update(60_000, 70_000, None));
+    guarded.started();
+    guarded.wait_for_file("up");
+    let kill_boot_ms = boot_ms() + 700;
+    guarded.say(update(60_000, 70_000, Some(EndNow::Soft { kill_boot_ms })));
+    assert!(matches!(guarded.event(), Report::Exited { .. }));
+    assert!(boot_ms() < kill_boot_ms && !marked(&guarded.mark).is_empty());
+    assert_eq!(guarded.event(), Report::Killing);
+    assert!(boot_ms() >= kill_boot_ms);
+    assert_eq!(guarded.event(), Report::Gone);
+    assert!(boot_ms() < kill_boot_ms + LATE_MS);
+    assert_eq!(marked(&guarded.mark), [0i32; 0]);
+}
+
+#[test]
+fn what_outlives_the_main_process_of_a_soft_end_is_killed_in_time() {
+    what_outlives_the_grace_is_killed(Command::new(GUARD));
+    if is_root() && readable_by_others(Path::new(GUARD)) {
+        let mut guard = Command::new(GUARD);
+        guard.uid(NOBODY).gid(NOBODY);
+        what_outlives_the_grace_is_killed(guard);
+    }
 }
 
 #[test]
@@ -425,9 +490,4 @@ fn without_root_descendants_are_killed_all_the_same() {
     assert!(matches!(guarded.event(), Report::Exited { signal: Some(9), .. }));
     assert_eq!(guarded.event(), Report::Gone);
     assert_eq!(marked(&guarded.mark), [0i32; 0]);
-}
-
-fn readable_by_others(path: &Path) -> bool {
-    use std::os::unix::fs::PermissionsExt;
-    path.ancestors().all(|p| std::fs::metadata(p).is_ok_and(|m| m.permissions().mode() & 0o001 != 0))
 }

@@ -1,6 +1,7 @@
 //! Large snapshots over links that break, a log that stays bounded, and backups: replicas in one process, on real disks
 //! and sockets.
 
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "what a test prints is read by people")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use futures::StreamExt;

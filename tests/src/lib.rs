@@ -18,6 +18,7 @@
 //!    faults are made, [`checker`] also watches the process table and a resource that checks tokens.
 //! 5. [`hosts`] gives each process a network namespace of its own, so that leaders can be isolated rather than stopped. No
 //!    packet of such a network leaves it, and it is removed with the test.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "what a test prints is read by people")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that panics has found something")]
 
 pub mod checker;

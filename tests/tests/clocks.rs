@@ -1,4 +1,5 @@
 //! Wrong wall clocks: nothing depends on them, only on their rate.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "what a test prints is read by people")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that panics has found something")]
 
 use holdfast_tests::harness::{Cluster, EventKind, LONG, libfaketime, wait_until};

@@ -1,4 +1,5 @@
 //! Slow, full and failing disks under real controllers.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "what a test prints is read by people")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that panics has found something")]
 
 use holdfast_tests::harness::{Cluster, LONG, target_tmp, wait_until};

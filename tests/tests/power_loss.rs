@@ -2,6 +2,7 @@
 //!
 //! One run is journaled (see `holdfast_tests::power`); then the journal is cut at random places, each node's disk is rebuilt
 //! as a power loss there leaves it, and opened with the checks of a start. From some of the cuts the real cluster is started.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "what a test prints is read by people")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that panics has found something")]
 
 use futures::future::join_all;

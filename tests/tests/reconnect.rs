@@ -1,4 +1,5 @@
 //! What a thousand drones do when their leader dies: the real drone's session code, in one process.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "what a test prints is read by people")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that panics has found something")]
 
 use futures::{StreamExt, TryStreamExt};

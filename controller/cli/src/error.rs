@@ -48,11 +48,10 @@ impl CliError {
         }
     }
 
-    /// Says it on stderr and gives the exit code.
+    /// Says it on stderr (help goes to stdout) and gives the exit code.
     pub(crate) fn report(&self) -> ExitCode {
-        // Where stderr is closed there is nobody to tell.
         let mut stderr = std::io::stderr();
-        let _ = match self {
+        let said = match self {
             Self::Io { error, .. } if error.kind() == ErrorKind::BrokenPipe => Ok(()),
             Self::Args(error) => error.print(),
             Self::Client(ClientError::Refused(error, _)) => {
@@ -60,7 +59,14 @@ impl CliError {
             }
             error => writeln!(stderr, "holdfast: {error}"),
         };
-        ExitCode::from(self.exit_code())
+        match said {
+            // Help that was asked for is the result, not a remark: without it the command has failed.
+            Err(failed) if self.exit_code() == 0 && failed.kind() != ErrorKind::BrokenPipe => {
+                Self::io("writing", failed).report()
+            }
+            // Where stderr takes nothing the exit code alone says it.
+            _ => ExitCode::from(self.exit_code()),
+        }
     }
 }
 

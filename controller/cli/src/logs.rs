@@ -10,8 +10,9 @@ use holdfast_client::wire::names::check_name;
 use holdfast_client::{Client, RequestOptions};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use tokio::io::Interest;
@@ -28,12 +29,42 @@ pub(crate) async fn run(client: &Client, args: LogsArgs, out: &Out) -> Result<()
     let Some(path) = find(&args.data_dir, &args.id) else {
         return Err(not_here(client, &args).await);
     };
-    let doing = || format!("reading {}", path.display());
-    let mut file = File::open(&path).map_err(|error| CliError::io(doing(), error))?;
+    let mut file = print_older(&path, out)?;
     if args.follow {
         return follow(client, &args.id, &path, file, out).await;
     }
     copy(&mut file, out).map_err(|error| with_path(error, &path))
+}
+
+/// The file that the output is in, with the output before it printed: a full file is renamed and a new one begun.
+fn print_older(path: &Path, out: &Out) -> Result<File, CliError> {
+    let open = |path: &Path| {
+        File::open(path).map_err(|error| CliError::io(format!("reading {}", path.display()), error))
+    };
+    let older_path = path.with_extension("log.1");
+    loop {
+        let file = open(path)?;
+        let older = match File::open(&older_path) {
+            Ok(older) => Some(older),
+            Err(error) if error.kind() == ErrorKind::NotFound => None,
+            Err(error) => return Err(CliError::io(format!("reading {}", older_path.display()), error)),
+        };
+        // Otherwise it was renamed between the two.
+        if is_at(&file, path) {
+            if let Some(mut older) = older {
+                copy(&mut older, out).map_err(|error| with_path(error, &older_path))?;
+            }
+            return Ok(file);
+        }
+    }
+}
+
+/// Whether the path still leads to this file; if that cannot be told, it does.
+fn is_at(file: &File, path: &Path) -> bool {
+    match (file.metadata(), std::fs::metadata(path)) {
+        (Ok(open), Ok(there)) => (open.dev(), open.ino()) == (there.dev(), there.ino()),
+        _ => true,
+    }
 }
 
 /// The output's file under one of `data_dirs`: a drone's own, or one that holds several drones' (`holdfast dev`).
@@ -69,7 +100,7 @@ async fn not_here(client: &Client, args: &LogsArgs) -> CliError {
     let places: Vec<String> = args.data_dir.iter().map(|dir| dir.display().to_string()).collect();
     CliError::Failed(format!(
         "the output of {id} is not under {}.{hint} It is the file backends/{id}/output.log in the data directory of \
-         its drone, on that drone's machine",
+         its drone, on that drone's machine, and readable only for the drone's user",
         places.join(" or ")
     ))
 }
@@ -105,16 +136,21 @@ impl AsRawFd for Watch {
     }
 }
 
-/// Copies until the backend has ended or its file is removed.
-async fn follow(client: &Client, id: &str, path: &Path, mut file: File, out: &Out) -> Result<(), CliError> {
+fn watch_file(path: &Path) -> Result<AsyncFd<Watch>, CliError> {
     let doing = || format!("watching {}", path.display());
     let changed = AddWatchFlags::IN_MODIFY | AddWatchFlags::IN_ATTRIB | AddWatchFlags::IN_MOVE_SELF;
     let watch = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)
         .and_then(|inotify| inotify.add_watch(path, changed).map(|_| inotify))
         .map_err(|error| CliError::io(doing(), error.into()))?;
     // SAFETY: `Watch` owns its descriptor, and nothing replaces or closes it while `AsyncFd` has it.
-    let watch = unsafe { AsyncFd::register_with_interest(Watch(watch), Interest::READABLE) }
-        .map_err(|error| CliError::io(doing(), error.into()))?;
+    unsafe { AsyncFd::register_with_interest(Watch(watch), Interest::READABLE) }
+        .map_err(|error| CliError::io(doing(), error.into()))
+}
+
+/// Copies until the backend has ended or its file is removed.
+async fn follow(client: &Client, id: &str, path: &Path, mut file: File, out: &Out) -> Result<(), CliError> {
+    let doing = || format!("watching {}", path.display());
+    let mut watch = watch_file(path)?;
     let mut ended = pin!(ended(client, id));
     loop {
         let length = file.metadata().map_err(|error| CliError::io(doing(), error))?.len();
@@ -126,6 +162,14 @@ async fn follow(client: &Client, id: &str, path: &Path, mut file: File, out: &Ou
         copy(&mut file, out).map_err(|error| with_path(error, path))?;
         if !path.exists() {
             return Ok(());
+        }
+        if !is_at(&file, path) {
+            // A full file is not written to any more when it is renamed: this is its last part.
+            copy(&mut file, out).map_err(|error| with_path(error, path))?;
+            file = File::open(path).map_err(|error| CliError::io(doing(), error))?;
+            // If it is renamed before it is watched, the next look finds that out.
+            watch = watch_file(path)?;
+            continue;
         }
         tokio::select! {
             ready = watch.readable() => {

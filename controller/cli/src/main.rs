@@ -65,7 +65,7 @@ fn start_log() {
         .with_default_directive(tracing_subscriber::filter::LevelFilter::OFF.into())
         .with_env_var("HOLDFAST_LOG")
         .from_env_lossy();
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    holdfast_logging::start(filter);
 }
 
 async fn run(cli: Cli) -> Result<(), CliError> {

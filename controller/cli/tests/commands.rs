@@ -477,6 +477,15 @@ async fn logs_are_read_from_disk_and_followed_to_the_backends_end() {
     let mut file = std::fs::OpenOptions::new().append(true).open(&path).unwrap();
     file.write_all(b"two\n").unwrap();
     assert_eq!(timeout(STEP_MAX, lines.next_line()).await.unwrap().unwrap().as_deref(), Some("two"));
+    // The file is full: it is renamed, and the path leads to a new one at once.
+    std::fs::hard_link(&path, path.with_extension("log.1")).unwrap();
+    std::fs::write(path.with_extension("log.new"), "three\n").unwrap();
+    std::fs::rename(path.with_extension("log.new"), &path).unwrap();
+    assert_eq!(timeout(STEP_MAX, lines.next_line()).await.unwrap().unwrap().as_deref(), Some("three"));
+    assert_eq!(stdout(&run(&nobody, &logs).await), "one\ntwo\nthree\n");
+    std::fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(b"four\n").unwrap();
+    assert_eq!(timeout(STEP_MAX, lines.next_line()).await.unwrap().unwrap().as_deref(), Some("four"));
+    std::fs::remove_file(path.with_extension("log.1")).unwrap();
     std::fs::remove_file(&path).unwrap();
     assert!(timeout(STEP_MAX, follow.wait()).await.expect("it hangs").unwrap().success());
     // The service says that it has ended.
@@ -535,5 +544,38 @@ async fn completions_know_the_commands() {
     for shell in ["bash", "zsh", "fish"] {
         let output = run("http://none", &["completions", shell]).await;
         assert!(stdout(&output).contains("prevent-renewal"), "{shell}");
+    }
+}
+
+/// A standard output that takes nothing: a full disk, or a pipe whose reader has gone.
+fn useless_stdouts() -> [(Stdio, i32); 2] {
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let (reader, closed) = std::io::pipe().unwrap();
+    drop(reader);
+    [(full.into(), 1), (closed.into(), 0)]
+}
+
+#[tokio::test]
+async fn a_full_stdout_is_a_failure_and_a_closed_one_is_a_quiet_end() {
+    let controller = Fake::start(|_, _| json(&format!(r#"{{"keys":[{KEY}]}}"#))).await;
+    for args in [&["keys", "list"][..], &["keys", "list", "--json"], &["completions", "bash"], &["--help"]] {
+        for (stdout, code) in useless_stdouts() {
+            let output = command(&controller.url, args).stdout(stdout).stderr(Stdio::piped()).output();
+            let output = timeout(STEP_MAX, output).await.expect("it hangs").unwrap();
+            assert_eq!(output.status.code(), Some(code), "{args:?} {output:?}");
+            assert_eq!(stderr(&output).is_empty(), code == 0, "{args:?} {output:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_stderr_that_takes_nothing_changes_neither_result_nor_exit_code() {
+    let controller = Fake::start(|_, _| json(&format!(r#"{{"keys":[{KEY}]}}"#))).await;
+    for (args, code) in [(&["keys", "list", "--limit", "0"][..], 0), (&["keys", "show"], 2)] {
+        for (stderr, _) in useless_stdouts() {
+            let output = command(&controller.url, args).env("HOLDFAST_LOG", "trace").stderr(stderr).output();
+            let output = timeout(STEP_MAX, output).await.expect("it hangs").unwrap();
+            assert_eq!(output.status.code(), Some(code), "{args:?} {output:?}");
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! `holdfast dev` with stand-ins for its children: what it starts, and that nothing it starts outlives it.
 
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "what a test prints is read by people")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a panic is a failed test")]
 
 use axum::Router;

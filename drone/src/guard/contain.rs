@@ -6,15 +6,16 @@ use super::deadline::SharedDeadline;
 use crate::clock::{BootTimer, boot_ms};
 use crate::processes::{self, Process};
 use nix::errno::Errno;
-use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal, kill, killpg};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::signalfd::{SfdFlags, SignalFd, siginfo};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, pipe, read, write};
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 /// How often a watcher looks for what is left after the hard deadline.
@@ -22,6 +23,16 @@ const WATCHER_KILL_INTERVAL: Duration = Duration::from_millis(20);
 /// A watcher that has found nothing so often in a row has done its work: what was being forked during one look is seen
 /// by the next.
 const WATCHER_EMPTY_LOOKS: u32 = 2;
+
+/// Most that one process of a guard logs in its life, in bytes.
+const LOG_BYTES_MAX: usize = 256 * 1024;
+
+/// Asks the namespace's init to send SIGTERM to everything in its namespace.
+const TERM_ALL: Signal = Signal::SIGTERM;
+/// Tells the namespace's init that the main process has ended, so that it is to end as soon as nothing else is left.
+const END_IF_ALONE: Signal = Signal::SIGUSR1;
+/// Most walks over a process tree to find what was forked during the one before.
+const TERM_WALKS_MAX: u32 = 5;
 
 /// What [`contain`] has achieved.
 #[derive(Debug)]
@@ -38,25 +49,32 @@ pub enum Container {
 }
 
 /// Makes a PID namespace for later children, with an init that dies with this process and at the deadline, or says why
-/// it cannot. This process must have a single thread.
+/// it cannot. This process must have a single thread. It keeps the machine's mounts; the backend gets its own later.
 pub fn contain(deadline: &SharedDeadline) -> Container {
     // Orphans of the tree become ours in any case. Inside a namespace they become its init's.
     if let Err(e) = prctl::set_child_subreaper(true) {
         log_line(&format!("cannot become a subreaper: {e}"));
     }
-    let with_mounts = CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWNS;
-    let own_mounts = match unshare(with_mounts) {
-        Ok(()) => true,
-        Err(_) => match unshare(CloneFlags::CLONE_NEWPID) {
-            Ok(()) => false,
-            Err(e) => return tree(format!("no PID namespace: {e}"), deadline),
-        },
-    };
-    match start_init(own_mounts, deadline) {
+    if let Err(e) = unshare(CloneFlags::CLONE_NEWPID) {
+        return tree(format!("no PID namespace: {e}"), deadline);
+    }
+    match start_init(deadline) {
         Ok(init) => Container::Namespace(init),
         // Children of ours would go to a namespace without an init: without a namespace for children again, the
         // backend could not be started at all. The caller reports that.
         Err(e) => tree(format!("no init for the PID namespace: {e}"), deadline),
+    }
+}
+
+/// The backend was started: later children of the guard, if any, and its threads are not meant for the namespace.
+pub fn leave_namespace(container: &Container) {
+    if !matches!(container, Container::Namespace(_)) {
+        return;
+    }
+    let own =
+        std::fs::File::open("/proc/self/ns/pid").map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(0)));
+    if let Err(e) = own.and_then(|own| setns(own, CloneFlags::CLONE_NEWPID)) {
+        log_line(&format!("cannot leave the PID namespace: {e}"));
     }
 }
 
@@ -84,13 +102,19 @@ fn start_watcher(deadline: &SharedDeadline) -> nix::Result<Pid> {
             }
             detach_stdio();
             // If it cannot wait it kills now: what nobody watches over must not run.
-            if let Err(e) = until_deadline(deadline, || {}) {
+            if let Err(e) = until_deadline(deadline, |_| false) {
                 log_line(&format!("the watcher cannot wait: {e}"));
             }
             let mut empty_looks = 0;
             while empty_looks < WATCHER_EMPTY_LOOKS {
-                let alive = kill_descendants(guard, Some(Pid::this()));
-                empty_looks = if alive { 0 } else { empty_looks + 1 };
+                match kill_descendants(guard, Some(Pid::this())) {
+                    Ok(false) => empty_looks += 1,
+                    Ok(true) => empty_looks = 0,
+                    Err(e) => {
+                        log_line(&format!("the watcher cannot look for what is left: {e}"));
+                        empty_looks = 0;
+                    }
+                }
                 std::thread::sleep(WATCHER_KILL_INTERVAL);
             }
             exit_now(0);
@@ -98,26 +122,32 @@ fn start_watcher(deadline: &SharedDeadline) -> nix::Result<Pid> {
     }
 }
 
-/// Kills what lives below a process, but for one; whether anything did.
-fn kill_descendants(root: Pid, except: Option<Pid>) -> bool {
-    let below = processes::descendants(&processes::all(), root.as_raw());
+/// Kills what lives below a process, but for one; whether anything did. An error says that something may.
+fn kill_descendants(root: Pid, except: Option<Pid>) -> io::Result<bool> {
+    let below = processes::descendants(&processes::all()?, root.as_raw());
     let is_target = |p: &&Process| !p.zombie && except.is_none_or(|except| except.as_raw() != p.pid);
     let targets: Vec<&Process> = below.iter().filter(is_target).collect();
     for target in &targets {
         let _ = kill(Pid::from_raw(target.pid), Signal::SIGKILL);
     }
-    !targets.is_empty()
+    Ok(!targets.is_empty())
 }
 
-/// Waits until the deadline, wherever it is moved to, and calls `on_child_end` at first and after children's ends.
-/// SIGCHLD is blocked, as the guard had it.
-fn until_deadline(deadline: &SharedDeadline, on_child_end: impl Fn()) -> io::Result<()> {
-    let mut children = SigSet::empty();
-    children.add(Signal::SIGCHLD);
-    let signals = SignalFd::with_flags(&children, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
+/// Waits until the deadline, wherever it is moved to, or until `is_done`, which is called at first and after signals, with
+/// those. All signals are blocked, as the guard had them.
+fn until_deadline(deadline: &SharedDeadline, mut is_done: impl FnMut(&[siginfo]) -> bool) -> io::Result<()> {
+    let mut awaited = SigSet::empty();
+    for signal in [Signal::SIGCHLD, TERM_ALL, END_IF_ALONE] {
+        awaited.add(signal);
+    }
+    let signals = SignalFd::with_flags(&awaited, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
     let timer = BootTimer::new()?;
+    let mut received = Vec::new();
     loop {
-        on_child_end();
+        if is_done(&received) {
+            return Ok(());
+        }
+        received.clear();
         // A deadline that was put off is found out at the earlier one; the timer wakes us then.
         let hard_boot_ms = deadline.get();
         if boot_ms() >= hard_boot_ms {
@@ -132,12 +162,14 @@ fn until_deadline(deadline: &SharedDeadline, on_child_end: impl Fn()) -> io::Res
             return Err(Errno::last().into());
         }
         timer.clear()?;
-        while signals.read_signal()?.is_some() {}
+        while let Some(signal) = signals.read_signal()? {
+            received.push(signal);
+        }
     }
 }
 
 /// Forks the namespace's init and waits until it is bound to this process.
-fn start_init(own_mounts: bool, deadline: &SharedDeadline) -> nix::Result<Pid> {
+fn start_init(deadline: &SharedDeadline) -> nix::Result<Pid> {
     let (bound_read, bound_write) = pipe()?;
     // SAFETY: a guard has one thread, so the child may do everything the parent may.
     match unsafe { fork() }? {
@@ -155,9 +187,6 @@ fn start_init(own_mounts: bool, deadline: &SharedDeadline) -> nix::Result<Pid> {
             if prctl::set_pdeathsig(Signal::SIGKILL).is_err() {
                 exit_now(1);
             }
-            if own_mounts {
-                mount_proc();
-            }
             // The pipes belong to the guard alone: their ends must be seen when it dies.
             detach_stdio();
             // If the guard died before PDEATHSIG was set, nobody reads this and init ends here. (In the namespace
@@ -167,7 +196,22 @@ fn start_init(own_mounts: bool, deadline: &SharedDeadline) -> nix::Result<Pid> {
             }
             drop(bound_write);
             // The end of init is the end of the whole namespace, also of a backend before its exec.
-            match until_deadline(deadline, reap_orphans) {
+            let mut main_has_ended = false;
+            let is_done = |signals: &[siginfo]| {
+                // A sender outside of the namespace has no number in it: the guard. Others have no say here.
+                let is_guards = |signal: &&siginfo| signal.ssi_pid == 0 && signal.ssi_code == libc::SI_USER;
+                for signal in signals.iter().filter(is_guards) {
+                    if signal.ssi_signo == TERM_ALL as u32 {
+                        let _ = kill(Pid::from_raw(-1), Signal::SIGTERM);
+                    } else if signal.ssi_signo == END_IF_ALONE as u32 {
+                        main_has_ended = true;
+                    }
+                }
+                reap_orphans();
+                // The last one to end is init's child, so that SIGCHLD tells of it.
+                main_has_ended && kill(Pid::from_raw(-1), None) == Err(Errno::ESRCH)
+            };
+            match until_deadline(deadline, is_done) {
                 Ok(()) => exit_now(0),
                 Err(e) => {
                     log_line(&format!("the namespace's init cannot wait: {e}"));
@@ -188,19 +232,6 @@ pub fn detach_stdio() {
     }
 }
 
-/// Shows the namespace's own processes in `/proc`, in a mount namespace of its own. Programs that look at `/proc` by
-/// their process number need it; the rest does not, so a failure is only noted.
-fn mount_proc() {
-    let none: Option<&str> = None;
-    let result = mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none).and_then(|()| {
-        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-        mount(Some("proc"), "/proc", Some("proc"), flags, none)
-    });
-    if let Err(e) = result {
-        log_line(&format!("the backend sees the machine's /proc, not its own: {e}"));
-    }
-}
-
 fn reap_orphans() {
     loop {
         match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
@@ -216,6 +247,57 @@ pub fn exit_now(code: i32) -> ! {
     unsafe { libc::_exit(code) }
 }
 
+/// Asks every process of the backend to end, once.
+pub fn term_all(container: &Container, backend: Pid) {
+    match container {
+        Container::Namespace(init) => {
+            let _ = kill(*init, TERM_ALL);
+        }
+        Container::Tree { watcher, .. } => {
+            if let Err(e) = term_descendants(*watcher) {
+                log_line(&format!("cannot look for the backend's processes; asking its group to end: {e}"));
+                let _ = killpg(backend, Signal::SIGTERM);
+            }
+        }
+    }
+}
+
+fn term_descendants(watcher: Option<Pid>) -> io::Result<()> {
+    let mut asked: BTreeSet<i32> = watcher.map(Pid::as_raw).into_iter().collect();
+    for _ in 0..TERM_WALKS_MAX {
+        let below = processes::descendants(&processes::all()?, Pid::this().as_raw());
+        let new: Vec<i32> = below.iter().map(|p| p.pid).filter(|pid| asked.insert(*pid)).collect();
+        if new.is_empty() {
+            break;
+        }
+        for pid in new {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
+        }
+    }
+    Ok(())
+}
+
+/// The main process has ended, and the rest may take its time: ends what is Holdfast's own once nothing of the backend is
+/// left. Called after each child's end.
+pub fn end_if_alone(container: &Container) -> io::Result<()> {
+    match container {
+        Container::Namespace(init) => {
+            let _ = kill(*init, END_IF_ALONE);
+        }
+        Container::Tree { watcher, .. } => {
+            let own = Pid::this().as_raw();
+            let is_rest =
+                |p: &Process| p.parent == own && !p.zombie && watcher.is_none_or(|w| w.as_raw() != p.pid);
+            if let Some(watcher) = watcher
+                && !processes::all()?.iter().any(is_rest)
+            {
+                let _ = kill(*watcher, Signal::SIGKILL);
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Kills everything below the guard. Called again until nothing is left to wait for: a process tree may grow while it is
 /// walked.
 pub fn kill_all(container: &Container, backend: Option<Pid>) {
@@ -228,17 +310,28 @@ pub fn kill_all(container: &Container, backend: Option<Pid>) {
             if let Some(backend) = backend {
                 let _ = killpg(backend, Signal::SIGKILL);
             }
-            // The watcher last: until then it is there should we be stopped.
-            if !kill_descendants(Pid::this(), *watcher)
-                && let Some(watcher) = watcher
-            {
-                let _ = kill(*watcher, Signal::SIGKILL);
+            match (kill_descendants(Pid::this(), *watcher), watcher) {
+                // The watcher last: until then it is there should we be stopped.
+                (Ok(false), Some(watcher)) => {
+                    let _ = kill(*watcher, Signal::SIGKILL);
+                }
+                (Ok(_), _) => {}
+                (Err(e), _) => log_line(&format!("cannot look for what is left: {e}")),
             }
         }
     }
 }
 
-/// A line for the guard's log: its standard error.
+/// Adds a line to the guard's log, its standard error, up to [`LOG_BYTES_MAX`] by each of its processes.
 pub fn log_line(text: &str) {
-    eprintln!("guard {}: {text}", std::process::id());
+    static LOGGED_BYTES: AtomicUsize = AtomicUsize::new(0);
+    let line = format!("guard {}: {text}", std::process::id());
+    let before = LOGGED_BYTES.fetch_add(line.len(), Ordering::Relaxed);
+    match before {
+        LOG_BYTES_MAX.. => {}
+        _ if before + line.len() >= LOG_BYTES_MAX => {
+            holdfast_logging::line(&format!("{line}\nguard {}: no more is logged", std::process::id()));
+        }
+        _ => holdfast_logging::line(&line),
+    }
 }

@@ -19,11 +19,12 @@
 //!
 //! 1. The container is started at most once, and only before its soft deadline.
 //! 2. What turns out to run after the guard has given up its start is killed at once.
-//! 3. [`Report::Gone`] says that the container's init has ended, or that there is none and the permit is gone.
+//! 3. [`Report::Gone`] says that the container's init has ended, or that none is seen and the permit is gone; and if the
+//!    engine has said that it runs and nothing of it was ever seen here, that the engine has removed it.
 
 use super::contain::log_line;
 use super::deputy::{Deputy, Looks, remove_permit};
-use super::engine::{Answer, Call};
+use super::engine::{Answer, Call, NOT_FOUND};
 use super::process::{Input, report};
 use super::timeline::{Step, Timeline};
 use super::{Arm, ContainerTarget, EndNow, Report, Update};
@@ -69,6 +70,8 @@ pub(super) fn guard(arm: Arm, target: ContainerTarget, input: &mut Input) -> io:
         permit_gone: false,
         killing: false,
         term_by_engine: false,
+        engine_says_running: false,
+        seen: false,
     };
     // What the drone has said in the meantime counts before the start.
     guard.take_updates(input);
@@ -157,6 +160,10 @@ struct ContainerGuard {
     killing: bool,
     /// SIGTERM is due, and this process may not send it.
     term_by_engine: bool,
+    /// The engine has said that the container runs, and not yet that it is removed.
+    engine_says_running: bool,
+    /// Processes of the container were seen here, so that a look that sees none means something.
+    seen: bool,
 }
 
 impl ContainerGuard {
@@ -205,7 +212,13 @@ impl ContainerGuard {
             Phase::Started { looks, .. } => {
                 // Without the engine's word it must not go on past the deadline.
                 if self.killing && looks.look(id, now) && permit_gone {
-                    self.phase = Phase::Ended { until: now + EXIT_CODE_KILLED_MS_MAX };
+                    self.seen |= looks.seen;
+                    self.phase = if self.seen || !self.engine_says_running {
+                        Phase::Ended { until: now + EXIT_CODE_KILLED_MS_MAX }
+                    } else {
+                        // It runs where it is not seen: the engine alone can end it.
+                        Phase::Discarding(Looks::new())
+                    };
                 }
             }
             Phase::Running(init) => {
@@ -224,7 +237,9 @@ impl ContainerGuard {
                 }
             }
             Phase::Discarding(looks) => {
-                if looks.look(id, now) && permit_gone {
+                let is_empty = looks.look(id, now);
+                self.seen |= looks.seen;
+                if is_empty && permit_gone && (self.seen || !self.engine_says_running) {
                     self.phase = Phase::Over;
                 }
             }
@@ -348,6 +363,7 @@ impl ContainerGuard {
 
     fn runs(&mut self, init: Init) {
         report(&Report::Started { pid: init.pid });
+        self.seen = true;
         self.phase = Phase::Running(init);
     }
 
@@ -356,6 +372,7 @@ impl ContainerGuard {
             return self.discard(false, &answer.message());
         }
         let now = boot_ms();
+        self.engine_says_running = true;
         self.phase = Phase::Started { since: now, looks: Looks::new() };
         self.ask_at = i64::MIN;
         // The machine may have slept, or this process been stopped, since the request.
@@ -371,7 +388,12 @@ impl ContainerGuard {
             Ask::Inspect => self.inspected(answer),
             Ask::Term => self.term_by_engine = false,
             // Its effect shows in the processes.
-            Ask::Kill | Ask::Remove => {}
+            Ask::Kill => {}
+            Ask::Remove => {
+                if answer.is_success() || answer.status == NOT_FOUND {
+                    self.engine_says_running = false;
+                }
+            }
             Ask::ExitCode => match serde_json::from_slice::<Waited>(&answer.body) {
                 Ok(waited) if answer.is_success() => self.exited(Some(waited.status_code)),
                 // It may have been removed.
@@ -386,6 +408,7 @@ impl ContainerGuard {
             Ok(inspected) if answer.is_success() => inspected.state,
             _ => return self.unseen(since, &format!("the engine says: {}", answer.message())),
         };
+        self.engine_says_running = inspected.running;
         if !inspected.running {
             // It was short.
             report(&Report::Started { pid: 0 });

@@ -5,6 +5,7 @@
 use super::ContainerTarget;
 use super::contain::{detach_stdio, exit_now, log_line};
 use super::deadline::SharedDeadline;
+use super::engine;
 use crate::cgroup;
 use crate::clock::{BootTimer, boot_ms};
 use crate::processes;
@@ -21,6 +22,8 @@ use std::time::Duration;
 /// Time between two looks at the machine's processes, in milliseconds: at first, and at most. It doubles.
 const LOOK_MS_MIN: i64 = 20;
 const LOOK_MS_MAX: i64 = 1_000;
+/// Longest time for an answer of the engine, in milliseconds.
+const ENGINE_MS_MAX: i64 = 2_000;
 /// Nothing is left when nothing was seen so often in a row: what was being forked during one look is seen by the next.
 const EMPTY_LOOKS: u32 = 2;
 
@@ -52,7 +55,11 @@ impl Deputy {
                 loop {
                     let permit_gone = remove_permit(&target.permit);
                     if looks.look(&target.id, boot_ms()) && permit_gone {
-                        exit_now(0);
+                        // What the engine says runs, and was never seen here, the engine alone can end.
+                        if looks.seen || !says_running(target) {
+                            exit_now(0);
+                        }
+                        remove(target);
                     }
                     let pause_ms = u64::try_from(looks.at - boot_ms()).unwrap_or(0).max(1);
                     std::thread::sleep(Duration::from_millis(pause_ms));
@@ -97,6 +104,26 @@ fn wait(guard: &OwnedFd, deadline: &SharedDeadline) -> io::Result<()> {
     }
 }
 
+/// Whether the engine says that the container runs. One that does not answer says nothing.
+fn says_running(target: &ContainerTarget) -> bool {
+    let path = format!("/containers/{}/json", target.id);
+    match engine::ask(&target.engine, "GET", &path, ENGINE_MS_MAX) {
+        Ok(answer) => answer.is_success() && engine::is_running(&answer),
+        Err(e) => {
+            log_line(&format!("the deputy asks whether the container runs: {e}"));
+            false
+        }
+    }
+}
+
+/// Has the engine kill and remove the container, if it can.
+fn remove(target: &ContainerTarget) {
+    let path = format!("/containers/{}?force=true&v=true", target.id);
+    if let Err(e) = engine::ask(&target.engine, "DELETE", &path, ENGINE_MS_MAX) {
+        log_line(&format!("the deputy asks for the container's removal: {e}"));
+    }
+}
+
 /// Removes the file without which nobody can start the container; whether it is gone.
 pub(super) fn remove_permit(permit: &Path) -> bool {
     match std::fs::remove_file(permit) {
@@ -116,11 +143,13 @@ pub(super) struct Looks {
     pub(super) at: i64,
     interval_ms: i64,
     empty: u32,
+    /// Something was seen at least once: a look that sees nothing means something.
+    pub(super) seen: bool,
 }
 
 impl Looks {
     pub(super) fn new() -> Self {
-        Self { at: i64::MIN, interval_ms: LOOK_MS_MIN, empty: 0 }
+        Self { at: i64::MIN, interval_ms: LOOK_MS_MIN, empty: 0, seen: false }
     }
 
     /// Kills what belongs to the container if a look is due; whether it is sure that nothing does.
@@ -132,7 +161,7 @@ impl Looks {
                     self.empty += 1;
                     self.interval_ms = (self.interval_ms * 2).min(LOOK_MS_MAX);
                 }
-                Ok(_) => *self = Self { at: now + LOOK_MS_MIN, ..Self::new() },
+                Ok(_) => *self = Self { at: now + LOOK_MS_MIN, seen: true, ..Self::new() },
                 Err(e) => {
                     log_line(&format!("cannot look for the container's processes: {e}"));
                     self.empty = 0;

@@ -1,6 +1,7 @@
 //! A request to the container engine over its Unix socket, without ever waiting: who makes it polls a descriptor. One
 //! connection carries one request. A guard has no room for more, and must not hang on an engine that does.
 
+use crate::clock::boot_ms;
 use serde::Deserialize;
 use socket2::{Domain, SockAddr, Socket, Type};
 use std::io::{self, Read, Write};
@@ -9,6 +10,8 @@ use std::path::Path;
 
 /// Largest answer, in bytes: an inspected container with the largest environment that a spawn may have, escaped.
 pub const ANSWER_BYTES_MAX: usize = 8 * 1024 * 1024;
+/// HTTP's status of what the engine does not know.
+pub const NOT_FOUND: u16 = 404;
 /// Most header fields of an answer.
 const HEADERS_MAX: usize = 64;
 /// Largest part of an answer's body that is quoted as the engine's message, in bytes.
@@ -123,6 +126,40 @@ impl Call {
             }
         }
     }
+}
+
+/// Makes a request and waits for its answer: for a process that has nothing else to do.
+pub fn ask(engine: &Path, method: &str, path: &str, wait_ms_max: i64) -> Result<Answer, CallError> {
+    let until = boot_ms().saturating_add(wait_ms_max);
+    let mut call = Call::begin(engine, method, path)?;
+    loop {
+        if let Some(answer) = call.advance()? {
+            return Ok(answer);
+        }
+        let left_ms = until - boot_ms();
+        if left_ms <= 0 {
+            return Err(CallError::Broken(io::ErrorKind::TimedOut.into()));
+        }
+        let (fd, events) = call.interest();
+        let mut poll = libc::pollfd { fd, events, revents: 0 };
+        // SAFETY: one valid pollfd.
+        unsafe { libc::poll(&raw mut poll, 1, i32::try_from(left_ms).unwrap_or(i32::MAX)) };
+    }
+}
+
+/// Whether an inspected container runs.
+pub fn is_running(inspected: &Answer) -> bool {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "PascalCase")]
+    struct State {
+        running: bool,
+    }
+    #[derive(Deserialize)]
+    struct Inspected {
+        #[serde(rename = "State")]
+        state: State,
+    }
+    serde_json::from_slice::<Inspected>(&inspected.body).is_ok_and(|inspected| inspected.state.running)
 }
 
 /// Reads an answer; none while it is incomplete. `ended` says that no more comes.

@@ -19,6 +19,8 @@
 //!    a page of memory shared with the guard: so this is also true of a guard that is stopped, or blocked in an exec.
 //! 3. The death of the guard is the death of everything below it.
 //! 4. [`Report::Gone`] is the last report, and means that nothing is left.
+//! 5. A soft end asks every process of the backend to end, and each has the whole grace period, also if the main process
+//!    ends before it. If the main process ends by itself, the rest is killed at once.
 //!
 //! A container is held the same way, but is no child of its guard: see the module `container`.
 //!
@@ -30,16 +32,21 @@ mod container;
 mod deadline;
 mod deputy;
 mod engine;
+mod isolation;
+pub(crate) mod output;
 pub(crate) mod peer;
 mod process;
 pub mod timeline;
 
+pub use isolation::probe;
 pub use process::main;
 
 use crate::open_files::OpenFiles;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+
+use crate::data_dir::WORK;
 
 /// The argument that makes this program a guard.
 pub const GUARD_ARGUMENT: &str = "guard";
@@ -55,8 +62,11 @@ pub struct Arm {
     pub env: BTreeMap<String, String>,
     /// Working directory.
     pub cwd: PathBuf,
-    /// Receives standard output and error.
+    /// Receives standard output and error, beside a file of the output before. In the directory of the control files.
     pub log: PathBuf,
+    /// A directory that the backend is not to see, but for its [work](Arm::work) below it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hide: Option<PathBuf>,
     /// Its limit of open files, if not the guard's.
     #[serde(default)]
     pub open_files: Option<OpenFiles>,
@@ -96,7 +106,7 @@ pub struct Hello {
 }
 
 /// Every later line to a guard: what the drone wants by now. The latest counts; an end that has begun is not taken back.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Update {
     /// When to ask the backend to end, in milliseconds of `CLOCK_BOOTTIME`.
     pub soft_boot_ms: i64,
@@ -104,13 +114,36 @@ pub struct Update {
     pub hard_boot_ms: i64,
     /// End it now.
     pub end: Option<EndNow>,
+    /// The lease's expiry, in milliseconds: no deadline is further ahead than that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expiry_ms: Option<u64>,
+    /// It has answered HTTP; the guard tells later drones so.
+    #[serde(default)]
+    pub ready: bool,
+}
+
+impl Update {
+    /// With no deadline further ahead than `expiry_ms` from `now_boot_ms`: no lease grants more, whatever a drone says.
+    pub fn within(mut self, expiry_ms: u64, now_boot_ms: i64) -> Self {
+        let latest = now_boot_ms.saturating_add_unsigned(expiry_ms);
+        self.soft_boot_ms = self.soft_boot_ms.min(latest);
+        self.hard_boot_ms = self.hard_boot_ms.min(latest);
+        self
+    }
+}
+
+impl Arm {
+    /// The backend's own directory, which is its working directory by default.
+    pub fn work(&self) -> PathBuf {
+        self.log.with_file_name(WORK)
+    }
 }
 
 /// How to end a backend now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum EndNow {
-    /// SIGTERM to its process group, and a kill at this moment of `CLOCK_BOOTTIME` (milliseconds) or the hard deadline.
+    /// SIGTERM to all of its processes, and a kill of what is left at this moment of `CLOCK_BOOTTIME` (milliseconds) or the hard deadline.
     Soft {
         /// When grace is over.
         kill_boot_ms: i64,
@@ -145,6 +178,8 @@ pub enum Report {
         /// Why.
         problem: String,
     },
+    /// A drone has said that the backend answers.
+    Ready,
     /// The guard began a graceful end by itself, at the soft deadline.
     SoftDeadline,
     /// Everything is being killed.

@@ -10,10 +10,15 @@
 //!
 //! Whoever has connected last commands; all before count no more. A later drone is told everything that was ever
 //! reported, so that it learns of the backend's life as the first one did, also from the outcome of a guard that has ended.
-//! Nobody can hold up the guard: it never waits for a drone, and drops one that does not read.
+//! No drone can hold up the guard: it never waits for one, and drops one that does not read. What connects must run as the
+//! guard's user or root, in the guard's PID namespace, and not below the guard: so a backend cannot move its own deadline.
+//! And no drone can move a deadline further ahead than a lease reaches.
 
 use super::contain::log_line;
 use super::{Arm, Hello, LINE_BYTES_MAX, PROTOCOL_VERSION, Report, Update};
+use crate::clock::boot_ms;
+use crate::processes;
+use holdfast_wire::lease::EXPIRY_MS_MAX;
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use std::fs::{self, File};
@@ -122,6 +127,10 @@ pub(super) struct Input {
     later: Option<(UnixStream, Lines)>,
     /// As a later drone is told; what is wanted by now.
     hello: Option<Hello>,
+    /// The lease's expiry, as a drone has said it last.
+    expiry_ms: u64,
+    /// [`Report::Ready`] was reported.
+    is_ready: bool,
 }
 
 impl Input {
@@ -138,7 +147,15 @@ impl Input {
             listener: None,
             later: None,
             hello: None,
+            expiry_ms: EXPIRY_MS_MAX,
+            is_ready: false,
         })
+    }
+
+    /// An update as far as it counts.
+    pub(super) fn checked(&mut self, update: Update) -> Update {
+        self.expiry_ms = update.expiry_ms.unwrap_or(self.expiry_ms).min(EXPIRY_MS_MAX);
+        update.within(self.expiry_ms, boot_ms())
     }
 
     /// Waits for the first line; none if the drone goes away before it.
@@ -209,7 +226,12 @@ impl Input {
                 None
             }
         };
-        let updates: Vec<Update> = lines.into_iter().filter_map(read).collect();
+        let read: Vec<Update> = lines.into_iter().filter_map(read).collect();
+        let updates: Vec<Update> = read.into_iter().map(|update| self.checked(update)).collect();
+        if !self.is_ready && updates.iter().any(|update| update.ready) {
+            self.is_ready = true;
+            report(&Report::Ready);
+        }
         if let (Some(hello), Some(latest)) = (&mut self.hello, updates.last()) {
             hello.update = *latest;
         }
@@ -223,6 +245,7 @@ impl Input {
 
     /// A later drone commands from now on.
     fn take_on(&mut self, stream: UnixStream) -> io::Result<()> {
+        check_peer(&stream)?;
         stream.set_nonblocking(true)?;
         let mut writer = stream.try_clone()?;
         let Some(hello) = self.hello.as_ref().and_then(line) else { return Ok(()) };
@@ -270,6 +293,46 @@ impl Input {
             Err(_) => self.end_stdin(),
         }
     }
+}
+
+/// Refuses what may not command this guard.
+fn check_peer(stream: &UnixStream) -> io::Result<()> {
+    let refuse = |problem: String| Err(io::Error::new(io::ErrorKind::PermissionDenied, problem));
+    let (pid, uid) = peer_credentials(stream)?;
+    if uid != 0 && uid != nix::unistd::geteuid().as_raw() {
+        return refuse(format!("process {pid} runs as another user, {uid}"));
+    }
+    // 0 is a process that cannot be seen from here.
+    let namespace = |process: String| fs::read_link(format!("/proc/{process}/ns/pid"));
+    if pid <= 0 || namespace(pid.to_string())? != namespace("self".to_owned())? {
+        return refuse(format!("process {pid} is in another PID namespace, as backends are"));
+    }
+    let own = nix::unistd::Pid::this().as_raw();
+    let mut ancestor = pid;
+    while ancestor > 1 {
+        if ancestor == own {
+            return refuse(format!("process {pid} was started by the backend"));
+        }
+        ancestor = processes::one(ancestor)?.map_or(0, |process| process.parent);
+    }
+    Ok(())
+}
+
+/// Process number, as seen from here, and user of the process that has connected.
+fn peer_credentials(stream: &UnixStream) -> io::Result<(i32, u32)> {
+    let mut credentials = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
+    let mut length = size_of::<libc::ucred>() as libc::socklen_t;
+    // SAFETY: an open socket, and a struct of that length to write to.
+    let rc = unsafe {
+        libc::getsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut credentials).cast(),
+            &raw mut length,
+        )
+    };
+    if rc == 0 { Ok((credentials.pid, credentials.uid)) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Reads what is there; whether more may come.

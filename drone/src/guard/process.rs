@@ -1,21 +1,24 @@
 //! The guard process itself.
 
-use super::contain::{Container, contain, kill_all, log_line};
+use super::contain::{Container, contain, end_if_alone, kill_all, leave_namespace, log_line, term_all};
 use super::container;
 use super::deadline::SharedDeadline;
+use super::isolation::{Isolation, change_dir, show_own_processes};
+use super::output::{Output, both};
 pub(super) use super::peer::{Input, report};
 use super::timeline::{Step, Timeline};
 use super::{Arm, Report};
 use crate::clock::{BootTimer, boot_ms};
 use nix::errno::Errno;
 use nix::sys::prctl;
-use nix::sys::signal::{SigSet, SigmaskHow, Signal, killpg, sigprocmask};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, setsid};
-use std::fs::OpenOptions;
+use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode, Stdio};
 
@@ -46,6 +49,7 @@ fn run() -> io::Result<()> {
     let mut input = Input::new()?;
     let Some(first) = input.first_line() else { return Ok(()) };
     let mut arm: Arm = serde_json::from_slice(&first).map_err(io::Error::other)?;
+    arm.update = input.checked(arm.update);
     let backend = std::env::args().nth(2).unwrap_or_default();
     input.listen(&backend, &arm);
     if let Some(target) = arm.container.take() {
@@ -65,7 +69,8 @@ fn run() -> io::Result<()> {
             report(&Report::Uncontained { problem: problem.clone() });
         }
     }
-    let guard = Guard { arm, timeline, deadline, container, backend: None, killing: false };
+    let guard =
+        Guard { arm, timeline, deadline, container, backend: None, killing: false, looks_fail: false };
     guard.guard(&mut input, &signals, &timer)
 }
 
@@ -78,13 +83,23 @@ struct Guard {
     /// The main process, until it is reaped.
     backend: Option<Pid>,
     killing: bool,
+    /// The last look for what is left failed, so that it has to be repeated.
+    looks_fail: bool,
 }
 
 impl Guard {
     fn guard(mut self, input: &mut Input, signals: &SignalFd, timer: &BootTimer) -> io::Result<()> {
         // What the drone has said in the meantime counts before the start.
         self.take_updates(input);
-        match self.start() {
+        let (started, mut output) = match Output::new() {
+            Ok((output, pipe)) => (self.start(pipe), Some(output)),
+            Err(e) => (Err(NotStarted::from_io(e)), None),
+        };
+        leave_namespace(&self.container);
+        if let Some(output) = &output {
+            output.write_to(&self.arm.log);
+        }
+        match started {
             Ok(pid) => {
                 self.backend = Some(pid);
                 report(&Report::Started { pid: pid.as_raw() });
@@ -103,31 +118,39 @@ impl Guard {
                         report(&Report::SoftDeadline);
                     }
                     if let Some(backend) = self.backend {
-                        let _ = killpg(backend, Signal::SIGTERM);
+                        term_all(&self.container, backend);
                     }
                 }
                 Step::Kill => {
-                    if self.backend.is_some() {
+                    // What outlived the main process of a soft end, too.
+                    if !self.killing {
                         report(&Report::Killing);
                     }
                     self.kill();
                 }
             }
             if self.reap() {
+                if let Some(output) = output {
+                    output.finish();
+                }
                 report(&Report::Gone);
                 return Ok(());
             }
             if self.killing {
                 kill_all(&self.container, self.backend);
+            } else if self.backend.is_none() {
+                self.looks_fail = end_if_alone(&self.container)
+                    .inspect_err(|e| log_line(&format!("cannot look for what is left: {e}")))
+                    .is_err();
             }
             timer.arm(self.timeline.next_wake())?;
-            self.wait(input, signals, timer)?;
+            self.wait(input, signals, timer, output.as_mut())?;
             self.take_updates(input);
         }
     }
 
     /// Starts the backend, unless its time has passed.
-    fn start(&self) -> Result<Pid, NotStarted> {
+    fn start(&self, output: io::PipeWriter) -> Result<Pid, NotStarted> {
         let late =
             || NotStarted { late: true, problem: "its deadline has passed or its end was asked for".into() };
         if !self.timeline.may_start(boot_ms()) {
@@ -139,7 +162,13 @@ impl Guard {
             Container::Namespace(_) => None,
             Container::Tree { .. } => Some(Pid::this()),
         };
-        let mut command = self.command().map_err(NotStarted::from_io)?;
+        let mut command = self.command(output).map_err(NotStarted::from_io)?;
+        let isolation = match &self.arm.hide {
+            Some(hidden) => Some(Isolation::new(hidden, &self.arm.work()).map_err(NotStarted::from_io)?),
+            None => None,
+        };
+        let cwd =
+            CString::new(self.arm.cwd.as_os_str().as_bytes()).map_err(|e| NotStarted::from_io(e.into()))?;
         let open_files = self.arm.open_files;
         // SAFETY: only async-signal-safe calls between fork and exec.
         unsafe {
@@ -149,6 +178,12 @@ impl Guard {
                 if parent.is_some_and(|parent| Pid::parent() != parent) {
                     return Err(Errno::ECHILD.into());
                 }
+                match &isolation {
+                    Some(isolation) => isolation.enter()?,
+                    None if parent.is_none() => show_own_processes(),
+                    None => {}
+                }
+                change_dir(&cwd)?;
                 for number in 1..32 {
                     libc::signal(number, libc::SIG_DFL);
                 }
@@ -171,20 +206,19 @@ impl Guard {
         i32::try_from(child.id()).map(Pid::from_raw).map_err(|e| NotStarted::from_io(io::Error::other(e)))
     }
 
-    fn command(&self) -> io::Result<Command> {
+    fn command(&self, output: io::PipeWriter) -> io::Result<Command> {
         let Some((program, arguments)) = self.arm.command.split_first() else {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "the command is empty"));
         };
-        let log = OpenOptions::new().create(true).append(true).open(&self.arm.log)?;
+        let (stdout, stderr) = both(output)?;
         let mut command = Command::new(program);
         command
             .args(arguments)
             .env_clear()
             .envs(&self.arm.env)
-            .current_dir(&self.arm.cwd)
             .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log);
+            .stdout(stdout)
+            .stderr(stderr);
         Ok(command)
     }
 
@@ -212,9 +246,11 @@ impl Guard {
                     report(&Report::Killing);
                 }
                 report(&Report::Exited { code, signal });
-                // What it has started does not outlive it.
-                self.kill();
-            } else if is_init && !self.killing {
+                // What it has started does not outlive it, unless it was asked to end: then all of it has the grace.
+                if !self.timeline.is_ending_softly() {
+                    self.kill();
+                }
+            } else if is_init && !self.killing && self.backend.is_some() {
                 // Somebody killed the init: the kernel kills the rest.
                 log_line("the namespace's init has ended");
                 self.killing = true;
@@ -222,12 +258,20 @@ impl Guard {
         }
     }
 
-    /// Waits for the drone, a child's end or the timer.
-    fn wait(&self, input: &Input, signals: &SignalFd, timer: &BootTimer) -> io::Result<()> {
+    /// Waits for the drone, a child's end, output or the timer.
+    fn wait(
+        &self,
+        input: &Input,
+        signals: &SignalFd,
+        timer: &BootTimer,
+        mut output: Option<&mut Output>,
+    ) -> io::Result<()> {
         let poll = |fd: RawFd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
         // A negative descriptor is left out by poll(2).
-        let mut fds = [poll(signals.as_raw_fd()), poll(timer.as_raw_fd()), poll(input.poll_fd())];
-        let timeout_ms = if self.killing { KILL_REPEAT_MS } else { -1 };
+        let output_fd = output.as_ref().map_or(-1, |output| output.poll_fd());
+        let mut fds =
+            [poll(signals.as_raw_fd()), poll(timer.as_raw_fd()), poll(input.poll_fd()), poll(output_fd)];
+        let timeout_ms = if self.killing || self.looks_fail { KILL_REPEAT_MS } else { -1 };
         // SAFETY: `fds` is a valid array of its length.
         let rc = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout_ms) };
         if rc < 0 && Errno::last() != Errno::EINTR {
@@ -236,6 +280,9 @@ impl Guard {
         timer.clear()?;
         // Several ends share one signal: its count says nothing, and reap() looks at all children.
         while signals.read_signal()?.is_some() {}
+        if let Some(output) = output.as_mut() {
+            output.take();
+        }
         Ok(())
     }
 

@@ -91,6 +91,11 @@ impl Timeline {
         }
     }
 
+    /// Whether an end with a grace period has begun, and has not run out.
+    pub fn is_ending_softly(&self) -> bool {
+        matches!(self.phase, Phase::Ending { .. })
+    }
+
     /// Whether the backend may be started now.
     pub fn may_start(&self, now: i64) -> bool {
         self.phase == Phase::Running && now < self.soft_at && now < self.hard_at
@@ -117,7 +122,7 @@ mod tests {
     use super::*;
 
     fn update(soft_boot_ms: i64, hard_boot_ms: i64, end: Option<EndNow>) -> Update {
-        Update { soft_boot_ms, hard_boot_ms, end }
+        Update { soft_boot_ms, hard_boot_ms, end, ..Update::default() }
     }
 
     fn armed() -> Timeline {

@@ -3,7 +3,6 @@
 //! The drone is a child subreaper: what a dead guard has started comes to it. So every child of the drone that is no
 //! guard (and was not there before the drone: a shell may `exec` it) was left by a guard.
 
-use super::ENV_BACKEND_ID;
 use super::watcher::{HUNT_EMPTY_LOOKS, HUNT_INTERVAL};
 use crate::data_dir::BackendsDir;
 use crate::ports::between_trials;
@@ -14,6 +13,7 @@ use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 use std::collections::{BTreeSet, HashSet};
 use std::io;
+use std::os::unix::ffi::OsStringExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::process::{Child, Command};
 use tracing::warn;
@@ -43,10 +43,10 @@ impl Drop for KnownGuard {
 
 impl Family {
     /// With the children that are there already.
-    pub(super) fn new() -> Self {
+    pub(super) fn new() -> io::Result<Self> {
         let own_pid = Pid::this().as_raw();
-        let children = processes::all().into_iter().filter(|p| p.parent == own_pid).map(|p| p.pid);
-        Self { own_pid, known: Arc::new(Mutex::new(children.collect())) }
+        let children = processes::all()?.into_iter().filter(|p| p.parent == own_pid).map(|p| p.pid);
+        Ok(Self { own_pid, known: Arc::new(Mutex::new(children.collect())) })
     }
 
     fn known(&self) -> MutexGuard<'_, HashSet<i32>> {
@@ -63,22 +63,22 @@ impl Family {
         Ok((child, KnownGuard { family: self.clone(), pid }))
     }
 
-    /// Reaps what was left and has ended.
+    /// Reaps what was left and has ended. What cannot be looked at now is reaped the next time.
     pub(super) fn reap(&self) {
         let known = self.known();
-        for left in self.left(&known, &processes::all()) {
+        let left = processes::all().and_then(|all| self.left(&known, &all));
+        for left in left.unwrap_or_default() {
             reap(left.pid);
         }
     }
 
-    /// Kills what names the backend in its environment, and everything that was left behind, whoever's it was; whether
-    /// there was anything.
-    pub(super) fn hunt(&self, backend: &str) -> bool {
+    /// Kills what has the backend's mark in its environment, and everything that was left behind, whoever's it was; whether
+    /// there was anything. An error says that there may be more than was seen.
+    pub(super) fn hunt(&self, mark: &str) -> io::Result<bool> {
         let known = self.known();
-        let all = processes::all();
-        let mut targets: BTreeSet<i32> =
-            all.iter().map(|p| p.pid).filter(|pid| names(*pid, backend)).collect();
-        for left in self.left(&known, &all) {
+        let all = processes::all()?;
+        let (mut targets, unseen) = split(&all, |process| processes::has_variable(process.pid, mark));
+        for left in self.left(&known, &all)? {
             targets.insert(left.pid);
             targets.extend(processes::descendants(&all, left.pid).iter().map(|p| p.pid));
         }
@@ -86,57 +86,111 @@ impl Family {
             let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
             reap(*pid);
         }
-        !targets.is_empty()
+        unseen.map_or(Ok(!targets.is_empty()), Err)
     }
 
-    fn left(&self, known: &HashSet<i32>, all: &[Process]) -> Vec<Process> {
+    fn left(&self, known: &HashSet<i32>, all: &[Process]) -> io::Result<Vec<Process>> {
         // In a process that is no subreaper, other children are its own business.
-        if !prctl::get_child_subreaper().unwrap_or(false) {
-            return Vec::new();
+        if !prctl::get_child_subreaper()? {
+            return Ok(Vec::new());
         }
-        all.iter().filter(|p| p.parent == self.own_pid && !known.contains(&p.pid)).copied().collect()
+        Ok(all.iter().filter(|p| p.parent == self.own_pid && !known.contains(&p.pid)).copied().collect())
     }
 }
 
-/// Kills a backend's guard, whoever started it, and what names the backend in its environment, until nothing is found any
+/// Those that fit, and the first error of one that could not be judged.
+fn split(all: &[Process], fits: impl Fn(&Process) -> io::Result<bool>) -> (BTreeSet<i32>, Option<io::Error>) {
+    let (mut fitting, mut unseen) = (BTreeSet::new(), None);
+    for process in all {
+        match fits(process) {
+            Ok(true) => {
+                fitting.insert(process.pid);
+            }
+            Ok(false) => {}
+            Err(e) => unseen = unseen.or(Some(e)),
+        }
+    }
+    (fitting, unseen)
+}
+
+/// Kills a backend's guard, whoever started it, and what has the backend's mark in its environment, until nothing is found any
 /// more and nothing holds the backend's directory.
 pub(super) async fn end_left(dirs: BackendsDir, backend: String) {
-    let mut empty_looks = 0;
-    while empty_looks < HUNT_EMPTY_LOOKS {
-        let (dirs, id) = (dirs.clone(), backend.clone());
+    let mut hunted = Hunted::new(&backend);
+    while !hunted.is_over() {
+        let (dirs, id, mark) = (dirs.clone(), backend.clone(), dirs.mark(&backend));
         let look = move || {
-            let all = processes::all();
-            let left = all.iter().filter(|p| !p.zombie && (is_of_guard(p.pid, &id) || names(p.pid, &id)));
-            let mut found = false;
-            for process in left {
-                found = true;
-                let _ = kill(Pid::from_raw(process.pid), Signal::SIGKILL);
+            let (left, unseen) = split(&processes::all()?, |process| {
+                let pid = process.pid;
+                Ok(!process.zombie && (is_of_guard(pid, &dirs, &id)? || processes::has_variable(pid, &mark)?))
+            });
+            for pid in &left {
+                let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
             }
-            found || dirs.is_guarded(&id)
+            unseen.map_or(Ok(!left.is_empty() || dirs.is_guarded(&id)), Err)
         };
-        match tokio::task::spawn_blocking(look).await {
-            Ok(false) => empty_looks += 1,
-            Ok(true) => empty_looks = 0,
-            Err(e) => warn!(backend, "the hunt for what is left failed: {e}"),
-        }
+        let looked = tokio::task::spawn_blocking(look).await;
+        hunted.note(looked.map_err(io::Error::other).flatten());
         tokio::time::sleep(HUNT_INTERVAL).await;
     }
 }
 
-/// Whether a process is a backend's guard, or was forked by it (as the namespace's init is).
-pub(super) fn is_of_guard(pid: i32, backend: &str) -> bool {
+/// The looks of a hunt so far. It is over when nothing was found so often in a row; a look that failed found nothing out.
+pub(super) struct Hunted<'a> {
+    backend: &'a str,
+    empty_looks: u32,
+    failed: bool,
+}
+
+impl<'a> Hunted<'a> {
+    pub(super) fn new(backend: &'a str) -> Self {
+        Self { backend, empty_looks: 0, failed: false }
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        self.empty_looks >= HUNT_EMPTY_LOOKS
+    }
+
+    /// Takes notice of a look: whether it found anything.
+    pub(super) fn note(&mut self, look: io::Result<bool>) {
+        match look {
+            Ok(false) => self.empty_looks += 1,
+            Ok(true) => self.empty_looks = 0,
+            Err(e) => {
+                if !self.failed {
+                    warn!(
+                        backend = self.backend,
+                        "cannot look for what is left of it, so it is not reported as ended: {e}"
+                    );
+                }
+                self.failed = true;
+                self.empty_looks = 0;
+            }
+        }
+    }
+}
+
+/// Whether a process is a backend's guard, or was forked by it (as the namespace's init is): by its command line, which
+/// is cheap, and by its standard error, which is the log in this backend's directory and no other drone's.
+pub(super) fn is_of_guard(pid: i32, dirs: &BackendsDir, backend: &str) -> io::Result<bool> {
     let command = [b"holdfast-drone\0guard\0", backend.as_bytes(), b"\0"].concat();
-    std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|found| found == command)
+    if processes::read(pid, "cmdline")?.is_none_or(|found| found != command) {
+        return Ok(false);
+    }
+    let stderr = match processes::if_there(std::fs::read_link(format!("/proc/{pid}/fd/2"))) {
+        Ok(stderr) => stderr,
+        Err(e) => return if processes::is_foreign(pid)? { Ok(false) } else { Err(e) },
+    };
+    let log = dirs.guard_log(backend).into_os_string().into_vec();
+    // The kernel says so of a file that was removed.
+    let removed = [log.as_slice(), b" (deleted)"].concat();
+    Ok(stderr.is_some_and(|stderr| {
+        let stderr = stderr.into_os_string().into_vec();
+        stderr == log || stderr == removed
+    }))
 }
 
 /// Reaps a process that has ended, if it is a child of ours.
 pub(super) fn reap(pid: i32) {
     let _ = waitpid(Pid::from_raw(pid), Some(WaitPidFlag::WNOHANG));
-}
-
-/// Whether a process names the backend in its environment. A zombie's is empty.
-fn names(pid: i32, backend: &str) -> bool {
-    let mark = format!("{ENV_BACKEND_ID}={backend}");
-    std::fs::read(format!("/proc/{pid}/environ"))
-        .is_ok_and(|environment| environment.split(|b| *b == 0).any(|variable| variable == mark.as_bytes()))
 }

@@ -3,6 +3,7 @@
 pub mod docker;
 mod leftovers;
 pub mod process;
+pub mod supervised;
 mod watcher;
 
 use crate::adopt::Link;
@@ -58,6 +59,10 @@ pub struct Want {
     pub end: Option<TerminationKind>,
     /// When the grace of a soft end is over, in drone time; never later than the hard deadline.
     pub kill_at: i64,
+    /// The lease's expiry, in milliseconds: guards take no deadline further ahead.
+    pub expiry_ms: u64,
+    /// It has answered HTTP.
+    pub ready: bool,
     /// Time allowed for a kill to take effect, in milliseconds: the lease's, counted from the hard deadline.
     pub kill_ms: u64,
 }

@@ -5,7 +5,7 @@ use super::watcher::{Guard, Watcher, line, tell};
 use super::{BackendSpec, Runtime, Want};
 use crate::adopt::Link;
 use crate::clock::DroneClock;
-use crate::data_dir::BackendsDir;
+use crate::data_dir::{BackendsDir, ENV_BACKEND_DIR};
 use crate::guard::{Arm, EndNow, GUARD_ARGUMENT, Update};
 use crate::life::Fact;
 use crate::open_files::OpenFiles;
@@ -34,23 +34,32 @@ pub struct ProcessRuntime {
     family: Family,
     /// The backends' limit, where it is not the drone's.
     open_files: Option<OpenFiles>,
+    /// What backends are not to see, but for their own directories.
+    hidden: Option<PathBuf>,
 }
 
 impl ProcessRuntime {
     /// Keeps each backend's directory below `dirs`.
-    pub fn new(clock: DroneClock, dirs: BackendsDir) -> Self {
-        Self {
+    pub fn new(clock: DroneClock, dirs: BackendsDir) -> io::Result<Self> {
+        Ok(Self {
             clock,
             dirs,
             guard_program: PathBuf::from(OWN_PROGRAM),
-            family: Family::new(),
+            family: Family::new()?,
             open_files: None,
-        }
+            hidden: None,
+        })
     }
 
     /// Gives backends this limit of open files instead of the drone's.
     pub fn with_open_files(mut self, open_files: OpenFiles) -> Self {
         self.open_files = Some(open_files);
+        self
+    }
+
+    /// Hides this directory, which holds those of all backends, from them; each sees its own working directory alone.
+    pub fn with_hidden(mut self, data_dir: PathBuf) -> Self {
+        self.hidden = Some(data_dir);
         self
     }
 
@@ -69,14 +78,16 @@ impl ProcessRuntime {
             .filter_map(|name| Some(((*name).to_owned(), std::env::var(name).ok()?)))
             .collect();
         env.entry("PATH".to_owned()).or_insert_with(|| PATH_DEFAULT.to_owned());
-        env.entry("HOME".to_owned()).or_insert_with(|| paths.dir.to_string_lossy().into_owned());
+        env.entry("HOME".to_owned()).or_insert_with(|| paths.work.to_string_lossy().into_owned());
         env.extend(process.env.clone());
         env.extend(spec.session_env());
+        env.insert(ENV_BACKEND_DIR.to_owned(), paths.work.to_string_lossy().into_owned());
         let arm = Arm {
             command: process.command.clone(),
             env,
-            cwd: process.cwd.as_ref().map_or(paths.dir, PathBuf::from),
+            cwd: process.cwd.as_ref().map_or(paths.work, PathBuf::from),
             log: paths.output_log,
+            hide: self.hidden.clone(),
             open_files: self.open_files,
             container: None,
             update: update(self.clock, want),
@@ -113,7 +124,9 @@ impl ProcessRuntime {
         let first = *want.borrow();
         match self.start(&spec, process, first) {
             Ok(guard) => {
-                Watcher::new(self.clock, &self.family, &spec.id, &facts).watch(guard, want, first).await;
+                Watcher::new(self.clock, &self.dirs, &self.family, &spec.id, &facts)
+                    .watch(guard, want, first)
+                    .await;
             }
             Err(e) => {
                 warn!(backend = %spec.id, "cannot start a guard: {e}");
@@ -134,7 +147,7 @@ impl ProcessRuntime {
     ) {
         // What it was told before stands; only changes are passed on.
         let first = *want.borrow();
-        let watcher = Watcher::new(self.clock, &self.family, &id, &facts);
+        let watcher = Watcher::new(self.clock, &self.dirs, &self.family, &id, &facts);
         watcher.watch(Guard::adopted(link), want, first).await;
         tell(&facts, Fact::Gone).await;
     }
@@ -174,5 +187,7 @@ pub(super) fn update(clock: DroneClock, want: Want) -> Update {
             TerminationKind::Soft => EndNow::Soft { kill_boot_ms: clock.to_boot_ms(want.kill_at) },
             TerminationKind::Hard => EndNow::Hard,
         }),
+        expiry_ms: Some(want.expiry_ms),
+        ready: want.ready,
     }
 }

@@ -2,10 +2,11 @@
 //! time, and waits for what it leaves behind.
 
 use super::Want;
-use super::leftovers::{Family, KnownGuard, is_of_guard, reap};
+use super::leftovers::{Family, Hunted, KnownGuard, is_of_guard, reap};
 use super::process::update;
 use crate::adopt::{AdoptedProcess, Link, pidfd};
 use crate::clock::DroneClock;
+use crate::data_dir::BackendsDir;
 use crate::guard::Report;
 use crate::life::Fact;
 use holdfast_wire::TerminationKind;
@@ -127,6 +128,7 @@ impl Guard {
 
 pub(super) struct Watcher<'a> {
     pub(super) clock: DroneClock,
+    dirs: &'a BackendsDir,
     pub(super) family: &'a Family,
     pub(super) backend: &'a str,
     pub(super) facts: &'a mpsc::Sender<Fact>,
@@ -145,6 +147,7 @@ pub(super) struct Watcher<'a> {
 impl<'a> Watcher<'a> {
     pub(super) fn new(
         clock: DroneClock,
+        dirs: &'a BackendsDir,
         family: &'a Family,
         backend: &'a str,
         facts: &'a mpsc::Sender<Fact>,
@@ -152,6 +155,7 @@ impl<'a> Watcher<'a> {
         let contained = Contained::Unknown;
         Self {
             clock,
+            dirs,
             family,
             backend,
             facts,
@@ -262,7 +266,10 @@ impl<'a> Watcher<'a> {
         let backend = self.backend;
         match &report {
             // Long since reported by an adopted guard: the number may mean another process by now.
-            Report::Contained { init_pid } if self.adopted && !is_of_guard(*init_pid, backend) => {
+            Report::Contained { init_pid }
+                if self.adopted
+                    && is_of_guard(*init_pid, self.dirs, backend).is_ok_and(|is_init| !is_init) =>
+            {
                 self.contained = Contained::NamespaceGone;
             }
             Report::Contained { init_pid } => {
@@ -287,7 +294,7 @@ impl<'a> Watcher<'a> {
                 info!(backend, code, signal, "the main process has ended");
                 self.exited = true;
             }
-            Report::SoftDeadline | Report::Killing => {}
+            Report::Ready | Report::SoftDeadline | Report::Killing => {}
             Report::Gone => self.gone = true,
         }
         if let Some(fact) = Fact::of(&report) {
@@ -355,14 +362,11 @@ impl<'a> Watcher<'a> {
 
     /// Kills what belongs to the backend until nothing does.
     async fn hunt_down(&self) {
-        let mut empty_looks = 0;
-        while empty_looks < HUNT_EMPTY_LOOKS {
-            let (family, backend) = (self.family.clone(), self.backend.to_owned());
-            match tokio::task::spawn_blocking(move || family.hunt(&backend)).await {
-                Ok(false) => empty_looks += 1,
-                Ok(true) => empty_looks = 0,
-                Err(e) => warn!(backend = self.backend, "the hunt for its remains failed: {e}"),
-            }
+        let mut hunted = Hunted::new(self.backend);
+        while !hunted.is_over() {
+            let (family, mark) = (self.family.clone(), self.dirs.mark(self.backend));
+            let looked = tokio::task::spawn_blocking(move || family.hunt(&mark)).await;
+            hunted.note(looked.map_err(io::Error::other).flatten());
             tokio::time::sleep(HUNT_INTERVAL).await;
         }
     }
@@ -435,11 +439,13 @@ mod tests {
 
     #[tokio::test]
     async fn an_init_without_a_handle_is_waited_for_by_its_number() {
-        let family = Family::new();
+        let family = Family::new().unwrap();
         let (facts, _listener) = mpsc::channel(1);
+        let dir = tempfile::tempdir().unwrap();
+        let dirs = crate::data_dir::DataDir::open(dir.path()).unwrap().backends();
         let mut init = std::process::Command::new("sleep").arg("300").spawn().unwrap();
         let pid = i32::try_from(init.id()).unwrap();
-        let mut watcher = Watcher::new(DroneClock::start(), &family, "ba", &facts);
+        let mut watcher = Watcher::new(DroneClock::start(), &dirs, &family, "ba", &facts);
         watcher.contained = Contained::NamespaceByPid(pid);
         let waiting = watcher.wait_for_the_rest();
         tokio::pin!(waiting);

@@ -367,6 +367,8 @@ impl Drone {
             .arg("--data-dir")
             .arg(data_dir)
             .env("RUST_LOG", "holdfast_drone=debug,info")
+            // For tests that run it, or are run, without root.
+            .env("HOLDFAST_SHARED_USER", "true")
             .stdin(Stdio::null());
         command
     }
@@ -488,4 +490,24 @@ pub async fn answer_http(address: SocketAddr) -> tokio::task::JoinHandle<()> {
     let listener = TcpListener::bind(address).await.unwrap();
     let app = axum::Router::new().fallback(|| async { axum::http::StatusCode::NOT_FOUND });
     tokio::spawn(async move { axum::serve(listener, app).await.unwrap() })
+}
+
+/// What a guard is armed with, but for the command and its environment. `dir` holds its control files.
+pub fn arm(dir: &std::path::Path, update: holdfast_drone::guard::Update) -> holdfast_drone::guard::Arm {
+    holdfast_drone::guard::Arm {
+        command: Vec::new(),
+        env: std::collections::BTreeMap::new(),
+        cwd: dir.to_owned(),
+        log: dir.join("output.log"),
+        hide: None,
+        open_files: None,
+        container: None,
+        update,
+    }
+}
+
+/// Whether any user can run this program.
+pub fn readable_by_others(path: &std::path::Path) -> bool {
+    use std::os::unix::fs::PermissionsExt;
+    path.ancestors().all(|p| std::fs::metadata(p).is_ok_and(|m| m.permissions().mode() & 0o001 != 0))
 }

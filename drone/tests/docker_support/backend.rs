@@ -4,6 +4,7 @@
 //! - `ON_TERM`: `ignore` SIGTERM, or end with this exit code (0);
 //! - `EXIT_CODE`: ends with it at once;
 //! - leaves a mark in `/plane-data`, if that is mounted, when it starts.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "what a test prints is read by people")]
 
 use std::io::{Read, Write};
 use std::sync::atomic::{AtomicI32, Ordering};

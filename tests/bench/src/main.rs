@@ -15,6 +15,7 @@
 //!
 //! What each row means, and why it is fair, is said where it is measured ([`holdfast`], [`etcd`], [`postgres`]) and in
 //! `docs/benchmarks.md`.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "what a test prints is read by people")]
 
 mod child;
 mod compare;

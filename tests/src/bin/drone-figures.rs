@@ -8,6 +8,7 @@
 //! times at which its states were recorded; its own start is what it notes itself. Then as many backends at once, held by
 //! one drone: memory of the guards (proportional share, which counts shared pages once), and CPU of the drone while it
 //! renews.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "what a test prints is read by people")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "without what it measures it has nothing to say")]
 #![allow(
     clippy::cast_precision_loss,

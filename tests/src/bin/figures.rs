@@ -6,6 +6,7 @@
 //!
 //! Real controllers with their write-ahead logs synced as always, on one machine with the load generator; the drones are
 //! simulated, because what a drone does to start a process is not a connect's time.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "what a test prints is read by people")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "figures that can't be taken are not given")]
 
 use futures::future::join_all;

@@ -3,6 +3,7 @@
 //! ```text
 //!   rolling [--rounds 1] [--clients 16] [--pause-ms 50] [--election-timeout 200ms] [--json FILE]
 //! ```
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "what a test prints is read by people")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "figures that can't be taken are not given")]
 
 use holdfast_tests::harness::{Cluster, LONG, wait_until};

@@ -138,6 +138,8 @@ impl Cluster {
                 flag("--cluster", &name),
                 flag("--data-dir", path(label.clone()).display()),
                 flag("--ip", "127.0.0.1"),
+                // For those who run the tests without root.
+                flag("--shared-user", "true"),
             ];
             let log = path(format!("{label}.log"));
             drones.push(Process::new(label, drone.clone(), flags, log));

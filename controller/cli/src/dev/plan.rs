@@ -90,6 +90,8 @@ impl Plan {
                     ("--data-dir", path(&directory)),
                     ("--runtime", "process".to_owned()),
                     ("--ip", Ipv4Addr::LOCALHOST.to_string()),
+                    // Most developers are not root.
+                    ("--shared-user", "true".to_owned()),
                 ];
                 let log = dir.join(format!("{directory}.log"));
                 let process = Process { label: format!("drone {name}"), args: words(flags), log };
@@ -136,7 +138,7 @@ mod tests {
         assert_eq!(
             plan.drones[1].process.args.join(" "),
             "--name dr-b --controller http://127.0.0.1:7101,http://127.0.0.1:7102,http://127.0.0.1:7103 \
-             --cluster localhost:7100 --data-dir /d/drone-2 --runtime process --ip 127.0.0.1"
+             --cluster localhost:7100 --data-dir /d/drone-2 --runtime process --ip 127.0.0.1 --shared-user true"
         );
         assert_eq!(plan.drones[1].process.log, Path::new("/d/drone-2.log"));
     }

@@ -3,7 +3,7 @@
 use crate::cgroup;
 use bollard::Docker;
 use bollard::errors::Error as EngineError;
-use bollard::query_parameters::RemoveContainerOptionsBuilder;
+use bollard::query_parameters::{InspectContainerOptions, RemoveContainerOptionsBuilder};
 use std::io;
 use std::path::Path;
 use std::time::Duration;
@@ -15,6 +15,8 @@ const LOOK_INTERVAL_MIN: Duration = Duration::from_millis(20);
 const LOOK_INTERVAL_MAX: Duration = Duration::from_secs(1);
 /// Nothing is left when nothing was seen so often in a row: what was being forked during one look is seen by the next.
 const EMPTY_LOOKS: u32 = 2;
+/// Longest time that the engine is waited for to say whether a container runs.
+const INSPECT_MAX: Duration = Duration::from_secs(2);
 /// Longest time that the engine is waited for at once.
 const REMOVE_MAX: Duration = Duration::from_secs(10);
 /// Time between two requests to the engine.
@@ -42,7 +44,7 @@ pub(super) async fn end(docker: &Docker, id: &str, permit: &Path) {
         std::future::pending::<()>().await;
     };
     tokio::select! {
-        () = kill(id, Some(permit)) => {}
+        () = kill(docker, id, Some(permit)) => {}
         () = by_engine => {}
     }
 }
@@ -51,7 +53,7 @@ pub(super) async fn end(docker: &Docker, id: &str, permit: &Path) {
 pub(super) async fn end_and_remove(docker: &Docker, id: &str, permit: Option<&Path>) -> Result<(), EndError> {
     // Before its end is waited for: the engine knows containers that this process may not kill.
     let (removed, ()) = tokio::join!(remove(docker, id), async {
-        if timeout(REMOVE_MAX, kill(id, permit)).await.is_err() {
+        if timeout(REMOVE_MAX, kill(docker, id, permit)).await.is_err() {
             warn!(container = id, "its processes do not end");
         }
     });
@@ -77,9 +79,18 @@ pub(super) fn remove_permit(permit: &Path) -> io::Result<()> {
     }
 }
 
-/// Kills the processes of a container until there are none and, if there is a permit, it is gone.
-async fn kill(id: &str, permit: Option<&Path>) {
-    let (mut interval, mut empty_looks) = (LOOK_INTERVAL_MIN, 0);
+/// Whether the engine says that a container runs. One that does not answer says nothing.
+async fn says_running(docker: &Docker, id: &str) -> bool {
+    match timeout(INSPECT_MAX, docker.inspect_container(id, None::<InspectContainerOptions>)).await {
+        Ok(Ok(container)) => container.state.and_then(|state| state.running).unwrap_or(false),
+        _ => false,
+    }
+}
+
+/// Kills the processes of a container until there are none and, if there is a permit, it is gone. If none was ever seen
+/// here, the engine's word that it runs counts more.
+async fn kill(docker: &Docker, id: &str, permit: Option<&Path>) {
+    let (mut interval, mut empty_looks, mut seen) = (LOOK_INTERVAL_MIN, 0, false);
     loop {
         // First: what is started after this look cannot mount it any more.
         let permit_gone = match permit.map_or(Ok(()), remove_permit) {
@@ -94,13 +105,14 @@ async fn kill(id: &str, permit: Option<&Path>) {
         match looked.unwrap_or_else(|e| Err(io::Error::other(e))) {
             Ok(0) if permit_gone => {
                 empty_looks += 1;
-                if empty_looks >= EMPTY_LOOKS {
+                if empty_looks >= EMPTY_LOOKS && (seen || !says_running(docker, id).await) {
                     return;
                 }
             }
             Ok(found) => {
                 empty_looks = 0;
                 if found > 0 {
+                    seen = true;
                     interval = LOOK_INTERVAL_MIN;
                 }
             }

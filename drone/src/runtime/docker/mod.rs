@@ -15,12 +15,15 @@
 //! 1. Nothing but its guard starts a container, which has no restart policy.
 //! 2. Before the drone takes on anything, and every so often, what runs under its labels without a guard is ended.
 //! 3. Containers of others, other drones' included, are never touched.
+//! 4. A drone starts only where it can see the engine's processes. What the engine says runs, and was never seen here,
+//!    counts as running until the engine has removed it.
 
 mod create;
 mod end;
 mod fields;
 mod labels;
 mod mount;
+mod preflight;
 mod prune;
 mod stats;
 mod watch;
@@ -132,15 +135,21 @@ fn permit_in(dir: &Path) -> PathBuf {
 impl DockerRuntime {
     /// Reaches the engine, for as long as that takes, and ends what an earlier drone has left behind without a guard.
     /// Goes on to do so every so often.
-    pub async fn start(clock: DroneClock, dirs: BackendsDir, owner: Owner, config: DockerConfig) -> Self {
+    pub async fn start(
+        clock: DroneClock,
+        dirs: BackendsDir,
+        owner: Owner,
+        config: DockerConfig,
+    ) -> io::Result<Self> {
         let docker = reach(&config.socket).await;
+        preflight::check(&config.socket).await?;
         let runtime = Self {
             clock,
             dirs,
             docker,
             config,
             owner,
-            family: Family::new(),
+            family: Family::new()?,
             stats_turn: Arc::new(Semaphore::new(stats::REQUESTS_MAX)),
             watched: Arc::default(),
         };
@@ -150,7 +159,7 @@ impl DockerRuntime {
         }
         info!(socket = %runtime.config.socket.display(), "containers that nobody guards are ended");
         tokio::spawn(keep_sweeping(runtime.clone()));
-        runtime
+        Ok(runtime)
     }
 
     fn watched(&self) -> HashSet<String> {
@@ -286,6 +295,7 @@ impl DockerRuntime {
             env: BTreeMap::new(),
             cwd: paths.dir,
             log: paths.output_log,
+            hide: None,
             open_files: None,
             container: Some(target),
             update: process::update(self.clock, want),

@@ -164,6 +164,7 @@ impl<'a> Watch<'a> {
                 self.running = false;
                 tell(self.facts, if late { Fact::StartedTooLate } else { Fact::Failed }).await;
             }
+            Report::Ready => tell(self.facts, Fact::Ready).await,
             Report::SoftDeadline => tell(self.facts, Fact::SoftDeadline).await,
             Report::Killing => tell(self.facts, Fact::Killing).await,
             Report::Exited { code, .. } => {

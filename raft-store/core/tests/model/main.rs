@@ -9,6 +9,7 @@
 //!          └──────────▶ invariants ◀────────────┘
 //! ```
 
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "what a test prints is read by people")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "../common/mod.rs"]
