@@ -474,7 +474,8 @@ impl Agent {
                 self.renewed(RenewKeysResponse { keys: vec![key] });
             }
             MessageToDrone::AckDraining {} => self.say_draining_at = None,
-            MessageToDrone::AckActivity { activity_id } => self.activity.acknowledged(activity_id),
+            MessageToDrone::AckActivity { activity_id, .. } => self.activity.acknowledged(activity_id),
+            MessageToDrone::AckBackends {} => {}
         }
         Ok(())
     }
@@ -518,7 +519,7 @@ impl Agent {
     fn action(&mut self, message: ActionMessage) {
         let ActionMessage { action_id, backend_id, action, .. } = message;
         match action {
-            Action::Spawn { executable, key, static_token } => {
+            Action::Spawn { executable, key, static_token, .. } => {
                 self.spawn(&backend_id, &executable, key, static_token);
             }
             Action::Terminate { kind, reason } => {

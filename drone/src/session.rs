@@ -244,6 +244,7 @@ impl Session {
             version: VersionInfo::current(),
             name: self.identity.name.clone(),
             incarnation: Some(self.identity.incarnation.clone()),
+            data_id: None,
         };
         self.send(&mut socket, &handshake).await?;
         let answer = async {

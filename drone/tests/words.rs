@@ -16,7 +16,7 @@ async fn word(conn: &mut Conn) -> ActivityItem {
             _ => None,
         })
         .await;
-    conn.send(MessageToDrone::AckActivity { activity_id: activity.activity_id });
+    conn.send(MessageToDrone::AckActivity { activity_id: activity.activity_id, again: Vec::new() });
     let [item] = &activity.backends[..] else { panic!("one backend: {activity:?}") };
     item.clone()
 }

@@ -201,7 +201,9 @@ impl Drone {
                 self.unacked.remove(&event_id);
             }
             // It says neither.
-            MessageToDrone::AckDraining {} | MessageToDrone::AckActivity { .. } => {}
+            MessageToDrone::AckDraining {}
+            | MessageToDrone::AckActivity { .. }
+            | MessageToDrone::AckBackends {} => {}
             MessageToDrone::RenewKeysResponse(response) => {
                 let now_ms = self.clock.now_ms();
                 for key in response.keys {

@@ -225,6 +225,7 @@ impl SimDrone {
                 version: VersionInfo::current(),
                 name: identity.name.clone(),
                 incarnation: identity.incarnation.clone(),
+                data_id: None,
             };
             socket.send(text(&handshake)?).await.map_err(|error| SimError::Connect(error.to_string()))?;
             loop {
@@ -653,6 +654,7 @@ impl Auto {
             }
             MessageToDrone::RenewKeyResponse(_)
             | MessageToDrone::AckDraining {}
+            | MessageToDrone::AckBackends {}
             | MessageToDrone::AckActivity { .. } => Ok(()),
         }
     }

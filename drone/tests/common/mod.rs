@@ -332,6 +332,7 @@ impl Conn {
                 token: TOKEN,
             },
             static_token: Some("st".to_owned()),
+            incarnation: None,
         }
     }
 
