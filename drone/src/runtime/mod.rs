@@ -6,10 +6,11 @@ pub mod process;
 mod watcher;
 
 use crate::adopt::Link;
+pub use crate::backend_state::Desired as Want;
 use crate::life::Fact;
 use futures::future::BoxFuture;
+use holdfast_wire::KeyConfig;
 use holdfast_wire::http::Executable;
-use holdfast_wire::{Deadlines, KeyConfig, TerminationKind};
 use std::net::SocketAddr;
 use tokio::sync::{mpsc, watch};
 
@@ -48,19 +49,6 @@ impl BackendSpec {
 
 /// Names a backend in its own environment.
 pub const ENV_BACKEND_ID: &str = "SESSION_BACKEND_ID";
-
-/// What the drone wants of a backend by now. Only the latest counts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Want {
-    /// The deadlines that stand, in drone time.
-    pub deadlines: Deadlines,
-    /// An end that has begun. It is not taken back.
-    pub end: Option<TerminationKind>,
-    /// When the grace of a soft end is over, in drone time; never later than the hard deadline.
-    pub kill_at: i64,
-    /// Time allowed for a kill to take effect, in milliseconds: the lease's, counted from the hard deadline.
-    pub kill_ms: u64,
-}
 
 /// A way to run backends.
 ///
