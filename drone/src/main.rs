@@ -112,7 +112,12 @@ async fn run(
         incarnation: random_id(),
         data_id: data_id.id,
     };
-    info!(name = identity.name, incarnation = identity.incarnation, data_id = identity.data_id, "drone starts");
+    info!(
+        name = identity.name,
+        incarnation = identity.incarnation,
+        data_id = identity.data_id,
+        "drone starts"
+    );
     let (inputs, waiting) = mpsc::channel(EVENTS_MAX);
     let backends: Arc<dyn Runtime> = match docker {
         None => {
@@ -128,7 +133,8 @@ async fn run(
             Arc::new(DockerRuntime::start(clock, data_dir.backends(), owner, docker).await)
         }
     };
-    let agent = Agent::new(clock, data_dir, backends, config.ip, inputs.clone(), &identity.incarnation, boot)?;
+    let agent =
+        Agent::new(clock, data_dir, backends, config.ip, inputs.clone(), &identity.incarnation, boot)?;
     let session = Session::new(identity, clock, Discovery::new(config.controllers)?, inputs.clone());
     let stop = CancellationToken::new();
     let session = tokio::spawn(session.run(stop.clone()));
