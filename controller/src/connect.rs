@@ -474,6 +474,7 @@ mod tests {
                     executable: serde_json::from_str(&spawn.executable_json).unwrap(),
                     key: AcquiredKey { key: plan.key, deadlines, token: u64::MAX },
                     static_token: Some(ids::secret()),
+                    incarnation: Some("i".repeat(128)),
                 },
             });
             let text = serde_json::to_string(&message).unwrap();

@@ -18,13 +18,18 @@
 //! Invariants:
 //!
 //! 1. A backend is never said to be idle for longer than nothing was seen of a connection to it, nor for longer than it
-//!    was watched. If the tables can't be read nothing is said.
-//! 2. What is said is said again until it is acknowledged, and is always what holds then: older words are replaced.
-//! 3. Connections that come and go within [`IDLE_AFTER_MS`] of each other are one word, not many.
+//!    was watched. A look that failed has not found nothing: from then until a look succeeds the backend counts as busy.
+//! 2. What is said is said again until it is acknowledged, and is always what holds then: older notices are replaced.
+//!    After a reconnect everything is said again.
+//! 3. `activity_id` grows with each message for as long as the process lives, over all sessions, so that a controller can
+//!    tell a notice that another one has overtaken.
+//! 4. Connections that come and go within [`IDLE_AFTER_MS`] of each other are one notice, not many.
+//! 5. The work of a call grows with the backends that it is about, not with all of them.
 
-use holdfast_wire::drone::{ActivityItem, BackendActivity};
+use crate::tables::{Schedule, Table};
+use holdfast_wire::drone::{ActivityItem, AskAgain, BackendActivity};
 use holdfast_wire::limits::ACTIVITIES_MAX;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::{self, BufRead, BufReader, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -32,12 +37,12 @@ use std::time::Duration;
 /// How often connections are looked at.
 pub const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// A backend that had a connection is said to be idle after this long without one, in milliseconds.
-pub const IDLE_AFTER_MS: u64 = 2_000;
+pub const IDLE_AFTER_MS: i64 = 2_000;
 /// After how long what was not acknowledged is said again, in milliseconds; it doubles. Controllers that are older than
 /// this message never acknowledge it.
-const SAY_AGAIN_MS_MIN: u64 = 2_000;
+const SAY_AGAIN_MS_MIN: i64 = 2_000;
 /// Longest such time.
-const SAY_AGAIN_MS_MAX: u64 = 60_000;
+const SAY_AGAIN_MS_MAX: i64 = 60_000;
 /// Most rows of one table that are looked at. A machine with more has given nothing to be judged by.
 const ROWS_MAX: usize = 4_000_000;
 /// How long the kernel remembers a closed connection, in milliseconds (`TCP_TIMEWAIT_LEN`).
@@ -153,119 +158,178 @@ pub fn look_at(places: impl IntoIterator<Item = Place>) -> (BTreeMap<Place, Seen
 
 /// What is said of a backend. Times are of the clock that the caller gives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Word {
+enum Notice {
+    /// It has connections, had one just now, or may have some since the last look failed.
     Busy,
-    IdleSince(u64),
+    IdleSince(i64),
 }
 
 /// Something that was said and not acknowledged yet.
 #[derive(Debug, Clone, Copy)]
 struct Sent {
     activity_id: i64,
-    word: Word,
-    again_at_ms: u64,
-    pause_ms: u64,
+    notice: Notice,
+    again_at_ms: i64,
+    pause_ms: i64,
 }
 
 #[derive(Debug)]
 struct Watched {
     token: u64,
-    first_seen_ms: u64,
+    first_seen_ms: i64,
+    /// The last look that succeeded.
+    looked_at_ms: i64,
     open: u64,
+    /// The last look failed.
+    unseen: bool,
     /// When a connection was last open, as far as it was seen.
-    active_ms: Option<u64>,
-    acknowledged: Option<Word>,
+    active_ms: Option<i64>,
+    acknowledged: Option<Notice>,
     sent: Option<Sent>,
+    /// When a controller wants to hear once more how long it has been idle, after a new look.
+    ask_at_ms: Option<i64>,
 }
 
 impl Watched {
-    fn word(&self, now_ms: u64) -> Word {
+    fn notice(&self, now_ms: i64) -> Notice {
         let recent = self.active_ms.is_some_and(|at_ms| now_ms.saturating_sub(at_ms) < IDLE_AFTER_MS);
-        if self.open > 0 || recent {
-            return Word::Busy;
+        if self.open > 0 || self.unseen || recent {
+            return Notice::Busy;
         }
-        Word::IdleSince(self.active_ms.unwrap_or(self.first_seen_ms))
+        Notice::IdleSince(self.active_ms.unwrap_or(self.first_seen_ms))
+    }
+
+    /// When something has to be said of it next, if nothing else is seen of it.
+    fn due_at(&self, now_ms: i64) -> Option<i64> {
+        let notice = self.notice(now_ms);
+        match self.sent {
+            Some(sent) if sent.notice != notice => return Some(now_ms),
+            // Another notice in flight has to be followed by this one, even if this one was known before it.
+            None if self.acknowledged != Some(notice) => return Some(now_ms),
+            _ => {}
+        }
+        let turns_idle_at = match (notice, self.active_ms) {
+            (Notice::Busy, Some(active_ms)) if self.open == 0 && !self.unseen => {
+                Some(active_ms + IDLE_AFTER_MS)
+            }
+            _ => None,
+        };
+        let again_at = self.sent.map(|sent| sent.again_at_ms);
+        turns_idle_at.into_iter().chain(again_at).min()
     }
 }
 
 /// What the controllers know of the backends' connections, and what they have to hear. Pure; times are milliseconds of
-/// `CLOCK_BOOTTIME`.
+/// one clock.
 #[derive(Debug, Default)]
 pub struct Tracker {
-    backends: BTreeMap<String, Watched>,
+    backends: Table<String, Watched>,
+    /// When something has to be said of each backend next.
+    due: Schedule<String>,
+    /// The backends of each message that is in flight.
+    in_flight: Table<i64, BTreeSet<String>>,
     last_id: i64,
 }
 
 impl Tracker {
-    /// A ready backend was looked at. The first look begins its watch: idle since then, if nothing is seen.
-    pub fn seen(&mut self, backend: &str, token: u64, seen: Seen, now_ms: u64) {
-        let known = self.backends.get_mut(backend).filter(|known| known.token == token);
-        let watched = match known {
-            Some(known) => known,
-            None => {
-                let new = Watched {
-                    token,
-                    first_seen_ms: now_ms,
-                    open: 0,
-                    active_ms: None,
-                    acknowledged: None,
-                    sent: None,
-                };
-                self.backends.insert(backend.to_owned(), new);
-                let Some(new) = self.backends.get_mut(backend) else { return };
-                new
+    /// A ready backend was looked at. The first look begins its watch: idle since then, if nothing is seen. `None` if the
+    /// look failed.
+    pub fn seen(&mut self, backend: &str, token: u64, seen: Option<Seen>, now_ms: i64) {
+        if self.backends.get(backend).is_some_and(|known| known.token != token) {
+            self.forget(backend);
+        }
+        let new = || Watched {
+            token,
+            first_seen_ms: now_ms,
+            looked_at_ms: now_ms,
+            open: 0,
+            unseen: false,
+            active_ms: None,
+            acknowledged: None,
+            sent: None,
+            ask_at_ms: None,
+        };
+        let watched = self.backends.entry(backend.to_owned()).or_insert_with(new);
+        let was_unseen = std::mem::replace(&mut watched.unseen, seen.is_none());
+        if let Some(seen) = seen {
+            watched.looked_at_ms = now_ms;
+            let was_open = std::mem::replace(&mut watched.open, seen.open) > 0;
+            let active_ms = match seen.closed_ago_ms {
+                // It was closed at some time since the look before; rather a look's time too late than too early. The same
+                // of connections that a failed look would have seen.
+                _ if seen.open > 0 || was_open || was_unseen => Some(now_ms),
+                // One that ended before the watch began was of the port's earlier user, or of the drone's own question
+                // whether the backend is ready.
+                Some(ago_ms) => {
+                    let ago_ms = i64::try_from(ago_ms).unwrap_or(i64::MAX);
+                    Some(now_ms.saturating_sub(ago_ms)).filter(|at_ms| *at_ms > watched.first_seen_ms)
+                }
+                None => None,
+            };
+            watched.active_ms = watched.active_ms.max(active_ms);
+            if watched.ask_at_ms.is_some_and(|at_ms| at_ms <= now_ms) {
+                watched.ask_at_ms = None;
+                // To be said although it is known.
+                watched.acknowledged = None;
             }
-        };
-        let was_open = std::mem::replace(&mut watched.open, seen.open) > 0;
-        let active_ms = match seen.closed_ago_ms {
-            // It was closed at some time since the look before; rather a look's time too late than too early.
-            _ if seen.open > 0 || was_open => Some(now_ms),
-            // One that ended before the watch began was of the port's earlier user, or of the drone's own question
-            // whether the backend is ready.
-            Some(ago_ms) => now_ms.checked_sub(ago_ms).filter(|at_ms| *at_ms > watched.first_seen_ms),
-            None => None,
-        };
-        watched.active_ms = watched.active_ms.max(active_ms);
+        }
+        self.plan(backend, now_ms);
     }
 
     /// A backend has ended.
     pub fn forget(&mut self, backend: &str) {
-        self.backends.remove(backend);
+        if let Some(Watched { sent: Some(sent), .. }) = self.backends.remove(backend) {
+            self.no_longer_in_flight(sent.activity_id, backend);
+        }
+        self.due.set(&backend.to_owned(), None);
     }
 
-    /// A new session: what was not acknowledged may not have arrived, and is said again at once.
-    pub fn connected(&mut self) {
-        for watched in self.backends.values_mut() {
+    /// A new session: everything is said again at once.
+    pub fn connected(&mut self, now_ms: i64) {
+        self.in_flight = Table::default();
+        for (backend, watched) in self.backends.iter_mut() {
             watched.sent = None;
+            watched.acknowledged = None;
+            watched.ask_at_ms = None;
+            self.due.set(backend, Some(now_ms));
         }
     }
 
-    /// What has to be said now; at most [`ACTIVITIES_MAX`] backends, so more may have to be said after it. The caller that
-    /// can't send it says nothing: it comes again.
-    pub fn message(&mut self, now_ms: u64) -> Option<BackendActivity> {
+    /// What has to be said now; at most [`ACTIVITIES_MAX`] backends, so more may have to be said after it.
+    pub fn message(&mut self, now_ms: i64) -> Option<BackendActivity> {
         let activity_id = self.last_id + 1;
         let mut backends = Vec::new();
-        for (id, watched) in &mut self.backends {
-            let word = watched.word(now_ms);
-            // Another word that is on its way has to be followed by this one, even if this one was known before it.
-            if watched.sent.is_none() && watched.acknowledged == Some(word) {
-                continue;
+        while backends.len() < ACTIVITIES_MAX
+            && let Some(id) = self.due.pop_due(now_ms)
+        {
+            let Some(watched) = self.backends.get_mut(&id) else { continue };
+            let due = watched.due_at(now_ms).is_some_and(|at_ms| at_ms <= now_ms);
+            if due {
+                let notice = watched.notice(now_ms);
+                let pause_ms = match watched.sent {
+                    Some(sent) if sent.notice == notice => (2 * sent.pause_ms).min(SAY_AGAIN_MS_MAX),
+                    _ => SAY_AGAIN_MS_MIN,
+                };
+                let (connections, idle_ms) = match notice {
+                    Notice::Busy => (watched.open.max(1), 0),
+                    // Only as far as was looked: someone may have connected since.
+                    Notice::IdleSince(at_ms) => {
+                        (0, watched.looked_at_ms.saturating_sub(at_ms).max(0).unsigned_abs())
+                    }
+                };
+                backends.push(ActivityItem {
+                    backend: id.clone(),
+                    token: Some(watched.token),
+                    connections,
+                    idle_ms,
+                });
+                let sent = Sent { activity_id, notice, again_at_ms: now_ms + pause_ms, pause_ms };
+                if let Some(before) = watched.sent.replace(sent) {
+                    self.no_longer_in_flight(before.activity_id, &id);
+                }
+                self.in_flight.entry(activity_id).or_default().insert(id.clone());
             }
-            let pause_ms = match watched.sent {
-                Some(sent) if sent.word == word && now_ms < sent.again_at_ms => continue,
-                Some(sent) if sent.word == word => (2 * sent.pause_ms).min(SAY_AGAIN_MS_MAX),
-                _ => SAY_AGAIN_MS_MIN,
-            };
-            watched.sent = Some(Sent { activity_id, word, again_at_ms: now_ms + pause_ms, pause_ms });
-            let (connections, idle_ms) = match word {
-                Word::Busy => (watched.open.max(1), 0),
-                Word::IdleSince(at_ms) => (0, now_ms.saturating_sub(at_ms)),
-            };
-            let token = Some(watched.token);
-            backends.push(ActivityItem { backend: id.clone(), token, connections, idle_ms });
-            if backends.len() == ACTIVITIES_MAX {
-                break;
-            }
+            self.plan(&id, now_ms);
         }
         if backends.is_empty() {
             return None;
@@ -274,15 +338,46 @@ impl Tracker {
         Some(BackendActivity { activity_id, backends })
     }
 
-    /// A controller has recorded a message.
-    pub fn acknowledged(&mut self, activity_id: i64) {
-        for watched in self.backends.values_mut() {
-            if let Some(sent) = watched.sent.take_if(|sent| sent.activity_id == activity_id) {
-                watched.acknowledged = Some(sent.word);
+    /// A controller has recorded a message. It wants to hear of `again` once more later.
+    pub fn acknowledged(&mut self, activity_id: i64, again: &[AskAgain], now_ms: i64) {
+        for backend in self.in_flight.remove(&activity_id).unwrap_or_default() {
+            if let Some(watched) = self.backends.get_mut(&backend)
+                && let Some(sent) = watched.sent.take_if(|sent| sent.activity_id == activity_id)
+            {
+                watched.acknowledged = Some(sent.notice);
+            }
+            self.plan(&backend, now_ms);
+        }
+        for AskAgain { backend, in_ms } in again {
+            if let Some(watched) = self.backends.get_mut(backend) {
+                watched.ask_at_ms = Some(now_ms.saturating_add_unsigned(*in_ms));
+            }
+        }
+    }
+
+    /// When [`Tracker::message`] next has something to say: a moment that may have passed, or none.
+    pub fn next_wake(&self) -> Option<i64> {
+        self.due.next()
+    }
+
+    fn plan(&mut self, backend: &str, now_ms: i64) {
+        let at_ms = self.backends.get(backend).and_then(|watched| watched.due_at(now_ms));
+        self.due.set(&backend.to_owned(), at_ms);
+    }
+
+    fn no_longer_in_flight(&mut self, activity_id: i64, backend: &str) {
+        if let Some(backends) = self.in_flight.get_mut(&activity_id) {
+            backends.remove(backend);
+            if backends.is_empty() {
+                self.in_flight.remove(&activity_id);
             }
         }
     }
 }
+
+#[cfg(test)]
+#[path = "activity_tests.rs"]
+mod tracker_tests;
 
 #[cfg(test)]
 mod tests {
@@ -383,111 +478,5 @@ mod tests {
         let (seen, errors) = look_at([here, gone]);
         assert_eq!((seen.len(), errors.len()), (1, 1));
         assert!(seen.contains_key(&here));
-    }
-
-    /// What a message says of one backend.
-    fn said(message: Option<BackendActivity>) -> Option<(i64, u64, u64)> {
-        let message = message?;
-        assert_eq!(message.backends.len(), 1);
-        Some((message.activity_id, message.backends[0].connections, message.backends[0].idle_ms))
-    }
-
-    #[test]
-    fn a_backend_is_idle_since_its_first_look_and_then_since_its_last_connection() {
-        let mut tracker = Tracker::default();
-        tracker.seen("b", 7, seen(0, None), 10_000);
-        assert_eq!(said(tracker.message(10_000)), Some((1, 0, 0)));
-        tracker.acknowledged(1);
-        tracker.seen("b", 7, seen(0, None), 15_000);
-        assert_eq!(tracker.message(15_000), None);
-        tracker.seen("b", 7, seen(2, None), 16_000);
-        assert_eq!(said(tracker.message(16_000)), Some((2, 2, 0)));
-        tracker.acknowledged(2);
-        tracker.seen("b", 7, seen(1, None), 17_000);
-        assert_eq!(tracker.message(17_000), None, "how many there are changes nothing");
-        // Gone, and back at once: that is no end.
-        tracker.seen("b", 7, seen(0, None), 18_000);
-        assert_eq!(tracker.message(18_000), None);
-        tracker.seen("b", 7, seen(1, None), 18_500);
-        tracker.seen("b", 7, seen(0, None), 20_400);
-        assert_eq!(tracker.message(20_400), None);
-        // It ended at some time since 18.5 s; the look that missed it counts.
-        tracker.seen("b", 7, seen(0, None), 22_300);
-        assert_eq!(tracker.message(22_300), None);
-        tracker.seen("b", 7, seen(0, None), 22_400);
-        assert_eq!(said(tracker.message(22_400)), Some((3, 0, 2_000)));
-    }
-
-    #[test]
-    fn a_connection_between_two_looks_counts_by_what_it_left_behind() {
-        let mut tracker = Tracker::default();
-        // The drone's own question whether it is ready.
-        tracker.seen("b", 7, seen(0, Some(300)), 10_000);
-        assert_eq!(said(tracker.message(10_000)), Some((1, 0, 0)));
-        tracker.acknowledged(1);
-        tracker.seen("b", 7, seen(0, Some(20_300)), 30_000);
-        assert_eq!(tracker.message(30_000), None);
-        tracker.seen("b", 7, seen(0, Some(600)), 31_000);
-        assert_eq!(said(tracker.message(31_000)), Some((2, 1, 0)));
-        tracker.acknowledged(2);
-        tracker.seen("b", 7, seen(0, Some(2_600)), 33_000);
-        assert_eq!(said(tracker.message(33_000)), Some((3, 0, 2_600)));
-    }
-
-    #[test]
-    fn a_word_is_said_again_until_it_is_acknowledged_and_ever_more_seldom() {
-        let mut tracker = Tracker::default();
-        tracker.seen("b", 7, seen(1, None), 0);
-        assert_eq!(said(tracker.message(0)), Some((1, 1, 0)));
-        assert_eq!(tracker.message(1_999), None);
-        assert_eq!(said(tracker.message(2_000)), Some((2, 1, 0)));
-        assert_eq!(tracker.message(5_999), None);
-        assert_eq!(said(tracker.message(6_000)), Some((3, 1, 0)));
-        // The acknowledgement of one that was said before does not count: something else may be on its way after it.
-        tracker.acknowledged(1);
-        let later = (0..600).filter(|s| tracker.message(6_000 + s * 1_000).is_some()).count();
-        assert!((8..=14).contains(&later), "{later} times in ten minutes");
-        tracker.connected();
-        let Some((id, ..)) = said(tracker.message(606_000)) else { panic!("a new session hears it at once") };
-        tracker.acknowledged(id);
-        assert_eq!(tracker.message(10_000_000), None);
-        tracker.connected();
-        assert_eq!(tracker.message(10_000_001), None, "it was recorded");
-    }
-
-    #[test]
-    fn a_word_that_holds_again_is_said_over_one_that_is_on_its_way() {
-        let mut tracker = Tracker::default();
-        tracker.seen("b", 7, seen(1, None), 0);
-        assert_eq!(said(tracker.message(0)), Some((1, 1, 0)));
-        tracker.acknowledged(1);
-        tracker.seen("b", 7, seen(0, None), 5_000);
-        assert_eq!(tracker.message(5_000), None, "it may have ended just now");
-        tracker.seen("b", 7, seen(0, None), 7_000);
-        assert_eq!(said(tracker.message(7_000)), Some((2, 0, 2_000)));
-        // Before that is acknowledged, somebody connects.
-        tracker.seen("b", 7, seen(1, None), 8_000);
-        assert_eq!(said(tracker.message(8_000)), Some((3, 1, 0)));
-        tracker.acknowledged(2);
-        tracker.acknowledged(3);
-        assert_eq!(tracker.message(60_000), None);
-        tracker.forget("b");
-        assert_eq!(tracker.message(100_000), None);
-        // Another backend under the same id is another matter.
-        tracker.seen("b", 8, seen(1, None), 100_000);
-        assert_eq!(said(tracker.message(100_000)), Some((4, 1, 0)));
-    }
-
-    #[test]
-    fn messages_are_bounded_and_go_round() {
-        let mut tracker = Tracker::default();
-        let count = ACTIVITIES_MAX + 10;
-        (0..count).for_each(|at| tracker.seen(&format!("b{at}"), 1, seen(1, None), 0));
-        let first = tracker.message(0).unwrap();
-        let second = tracker.message(0).unwrap();
-        assert_eq!((first.backends.len(), second.backends.len()), (ACTIVITIES_MAX, 10));
-        assert_eq!(tracker.message(0), None);
-        tracker.acknowledged(first.activity_id);
-        assert_eq!(tracker.message(60_000).unwrap().backends, second.backends);
     }
 }

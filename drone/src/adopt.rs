@@ -1,18 +1,8 @@
-//! What earlier drones on the same data directory have left, found before this one takes on anything.
-//!
-//! ```text
-//!   journal, lock, outcome ──judge (pure)──▶ guarded ──connect──▶ adopted: goes on as if nothing had been
-//!                                            ended, other boot ─▶ reported
-//!                                            unguarded ─────────▶ ended, then reported
-//!                                            damaged ───────────▶ ended before anything else; its key expires
-//! ```
+//! Connections to the guards that earlier drones have started.
 
 use crate::data_dir::BackendsDir;
 use crate::guard::peer::socket_path;
-use crate::guard::{Hello, LINE_BYTES_MAX, Report};
-use crate::journal::{Fate, Record, judge};
-use crate::runtime::Runtime;
-use futures::StreamExt;
+use crate::guard::{Hello, LINE_BYTES_MAX};
 use nix::errno::Errno;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -21,26 +11,11 @@ use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tracing::{info, warn};
+use tracing::debug;
 
-/// How long a guard may take to say what it guards. One that is stopped, or that is none, does not.
-pub const HELLO_WAIT: Duration = Duration::from_secs(2);
-
-/// Guards that are asked at once.
-const CONNECTS_MAX: usize = 64;
-
-/// A backend of an earlier drone.
-#[derive(Debug)]
-pub enum Left {
-    /// It runs, or is ending, under a guard that listens.
-    Guarded(Record, Box<Link>),
-    /// It has ended, and this is what its guard reported.
-    Ended(Record, Vec<Report>),
-    /// It ended with the machine.
-    OtherBoot(Record),
-    /// Something of it may be left; it has to be ended.
-    Unguarded(Record),
-}
+/// Time between two attempts to reach a guard that lives and does not listen: at first, and at most. It doubles.
+const RETRY_MIN: Duration = Duration::from_millis(20);
+const RETRY_MAX: Duration = Duration::from_secs(1);
 
 /// A connection to a guard of an earlier drone.
 #[derive(Debug)]
@@ -60,16 +35,6 @@ pub struct Link {
 pub struct AdoptedProcess {
     /// Readable once it has ended.
     handle: AsyncFd<OwnedFd>,
-}
-
-impl Left {
-    /// What is durably known of it.
-    pub fn record(&self) -> &Record {
-        match self {
-            Self::Guarded(record, _) | Self::Ended(record, _) => record,
-            Self::OtherBoot(record) | Self::Unguarded(record) => record,
-        }
-    }
 }
 
 impl AdoptedProcess {
@@ -98,13 +63,13 @@ pub fn pidfd(pid: i32) -> io::Result<OwnedFd> {
     // SAFETY: pidfd_open takes two integers and returns a new descriptor (close-on-exec) or -1.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0u32) };
     match i32::try_from(fd) {
-        // SAFETY: the descriptor is new and nobody else's.
+        // SAFETY: the descriptor is new and owned by no one else.
         Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
-/// Connects to a backend's guard and becomes the one who commands it.
+/// Connects to a backend's guard, which takes commands from the latest connection.
 async fn connect(dirs: &BackendsDir, backend: &str) -> io::Result<Link> {
     let dir = dirs.open_dir(backend)?;
     let stream = UnixStream::connect(socket_path(&dir)).await?;
@@ -122,49 +87,22 @@ async fn connect(dirs: &BackendsDir, backend: &str) -> io::Result<Link> {
     Ok(Link { reader, writer, process, hello })
 }
 
-/// Takes a guarded backend on; if its guard cannot be talked to, and has not ended meanwhile, it will have to be ended.
-async fn take_on(dirs: &BackendsDir, id: &str, record: Record, boot_id: &str) -> Left {
-    let problem = match tokio::time::timeout(HELLO_WAIT, connect(dirs, id)).await {
-        Ok(Ok(link)) => {
-            info!(backend = id, key = record.key.name, token = record.token, "adopted");
-            return Left::Guarded(record, Box::new(link));
+/// Reaches a backend's guard, for as long as that takes: one that is stopped or slow holds the deadline meanwhile. `None`
+/// once the guard has ended.
+pub async fn reach(dirs: &BackendsDir, backend: &str) -> Option<Link> {
+    let mut pause = RETRY_MIN;
+    loop {
+        match connect(dirs, backend).await {
+            Ok(link) => return Some(link),
+            Err(e) => debug!(backend, "its guard does not greet: {e}"),
         }
-        Ok(Err(e)) => e.to_string(),
-        Err(_) => format!("no answer within {HELLO_WAIT:?}"),
-    };
-    match dirs.find(id).map(|found| judge(id, &found, boot_id)) {
-        Ok(Some(Fate::Ended(record, reports))) => Left::Ended(record, reports),
-        _ => {
-            warn!(backend = id, "its guard cannot be reached: {problem}; ending it");
-            Left::Unguarded(record)
+        let (looked_at, id) = (dirs.clone(), backend.to_owned());
+        // A look that failed has not found the guard gone.
+        let lives = tokio::task::spawn_blocking(move || looked_at.is_guarded(&id)).await.unwrap_or(true);
+        if !lives {
+            return None;
         }
+        tokio::time::sleep(pause).await;
+        pause = (2 * pause).min(RETRY_MAX);
     }
-}
-
-/// Finds what is left. What nobody knows is ended before this returns.
-pub async fn find(dirs: &BackendsDir, runtime: &dyn Runtime, boot_id: &str) -> io::Result<Vec<Left>> {
-    let scanned = dirs.clone();
-    let all = tokio::task::spawn_blocking(move || scanned.scan()).await.map_err(io::Error::other)??;
-    let (mut left, mut guarded) = (Vec::new(), Vec::new());
-    for (id, found) in all {
-        match judge(&id, &found, boot_id) {
-            None => {}
-            Some(Fate::Damaged(damage)) => {
-                warn!(backend = id, "its journal cannot be used: {damage}; ending whatever is left of it");
-                runtime.end_left(id.clone()).await;
-                dirs.remove_journal(&id)?;
-            }
-            Some(Fate::Guarded(record)) => guarded.push((id, record)),
-            Some(Fate::Ended(record, reports)) => left.push(Left::Ended(record, reports)),
-            Some(Fate::OtherBoot(record)) => left.push(Left::OtherBoot(record)),
-            Some(Fate::Unguarded(record)) => left.push(Left::Unguarded(record)),
-        }
-    }
-    let taken_on =
-        guarded.into_iter().map(|(id, record)| async move { take_on(dirs, &id, record, boot_id).await });
-    let mut taken_on = futures::stream::iter(taken_on).buffer_unordered(CONNECTS_MAX);
-    while let Some(one) = taken_on.next().await {
-        left.push(one);
-    }
-    Ok(left)
 }

@@ -45,6 +45,12 @@ impl DroneClock {
         Self { offset_ms: wall_ms - boot_ms() }
     }
 
+    /// A clock whose drone time is `CLOCK_BOOTTIME` plus this.
+    #[cfg(test)]
+    pub(crate) fn with_offset(offset_ms: i64) -> Self {
+        Self { offset_ms }
+    }
+
     /// Now, in milliseconds of drone time.
     pub fn now_ms(&self) -> i64 {
         boot_ms() + self.offset_ms

@@ -8,6 +8,7 @@
 //!   DIR/backends/<id>/guard.log        what its guard noted
 //!   DIR/backends/<id>/work             the backend's own directory: empty at its start, and all that it sees of DIR
 //!   DIR/backends/<id>/journal          see [`crate::journal`]; as long as its end is not acknowledged
+//!   DIR/backends/<id>/end              an end that was asked for, as long as the journal is there
 //!   DIR/backends/<id>/outcome          how it ended, as its guard saw it
 //!   DIR/backends/<id>/guard.sock       where a later drone reaches its guard
 //! ```
@@ -18,14 +19,14 @@
 //! running backends, the largest first. A guard holds a shared lock on its `guard.log` as long as it or anything of its namespace
 //! lives (it inherits the locked file): a directory whose guard has outlived its drone is not removed.
 
+use crate::backend_store::ASIDE;
 use crate::guard::output::{FILE_BYTES_MAX, older};
-use crate::guard::peer::{OUTCOME, SOCKET};
-use crate::journal::{Found, JOURNAL, JOURNAL_BYTES_MAX, OUTCOME_BYTES_MAX, Record};
+use crate::journal::JOURNAL;
 use nix::fcntl::{Flock, FlockArg};
 use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::io::{self, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -193,52 +194,9 @@ impl BackendsDir {
         Ok(log)
     }
 
-    /// Makes a backend's record durable. Its directory is made if need be. Blocks for as long as the disk does.
-    pub fn write_journal(&self, record: &Record) -> io::Result<()> {
-        let dir = self.create(&record.backend)?.dir;
-        let aside = dir.join("journal.new");
-        let mut file = File::create(&aside)?;
-        file.write_all(&record.encode().map_err(io::Error::other)?)?;
-        file.sync_all()?;
-        fs::rename(&aside, dir.join(JOURNAL))?;
-        File::open(&dir)?.sync_all()?;
-        File::open(&self.path)?.sync_all()
-    }
-
-    /// The backend's end is acknowledged, or is nobody's business any more. Not synced: what comes back is only reported
-    /// once more.
-    pub fn remove_journal(&self, backend: &str) -> io::Result<()> {
-        let dir = self.paths(backend).dir;
-        let _ = fs::remove_file(dir.join(SOCKET));
-        match fs::remove_file(dir.join(JOURNAL)) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
-            _ => Ok(()),
-        }
-    }
-
-    /// What earlier drones have left, by backend.
-    pub fn scan(&self) -> io::Result<Vec<(String, Found)>> {
-        let mut all = Vec::new();
-        for entry in fs::read_dir(&self.path)? {
-            let entry = entry?;
-            let Ok(name) = entry.file_name().into_string() else { continue };
-            if !entry.file_type()?.is_dir() {
-                continue;
-            }
-            let found = self.find(&name)?;
-            all.push((name, found));
-        }
-        all.sort_by(|(a, _), (b, _)| a.cmp(b));
-        Ok(all)
-    }
-
-    /// What earlier drones have left of one backend.
-    pub fn find(&self, backend: &str) -> io::Result<Found> {
-        let dir = self.paths(backend).dir;
-        // The lock before the outcome: a guard that ends meanwhile has written it by then.
-        let guarded = has_guard(&dir.join(GUARD_LOG));
-        let journal = read_bounded(&dir.join(JOURNAL), JOURNAL_BYTES_MAX)?;
-        Ok(Found { journal, guarded, outcome: read_bounded(&dir.join(OUTCOME), OUTCOME_BYTES_MAX)? })
+    /// Where the directories are.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
     }
 
     /// The backend's directory, for its guard's socket.
@@ -259,6 +217,10 @@ impl BackendsDir {
         for entry in fs::read_dir(&self.path)? {
             let entry = entry?;
             let Ok(name) = entry.file_name().into_string() else { continue };
+            if name.starts_with(ASIDE) {
+                // It is being made.
+                continue;
+            }
             let paths = self.paths(&name);
             let is_running = running.contains(&name);
             let changed = entry.metadata().and_then(|meta| meta.modified());
@@ -358,22 +320,10 @@ fn surplus_output(mut files: Vec<OutputFile>, bytes_max: u64) -> Vec<(PathBuf, b
     surplus
 }
 
-/// A file's content, if it is there; of one that is too long, as much as is enough to be damaged.
-fn read_bounded(path: &Path, bytes_max: u64) -> io::Result<Option<Vec<u8>>> {
-    match File::open(path) {
-        Ok(file) => {
-            let mut content = Vec::new();
-            file.take(bytes_max + 1).read_to_end(&mut content)?;
-            Ok(Some(content))
-        }
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(e),
-    }
-}
-
 /// Whether a guard holds this log; if that cannot be told, it does.
 pub(crate) fn has_guard(guard_log: &Path) -> bool {
-    match File::open(guard_log) {
+    // It does not wait for the other end of what is no file.
+    match OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(guard_log) {
         Ok(log) => log.try_lock().is_err(),
         Err(e) => e.kind() != io::ErrorKind::NotFound,
     }

@@ -24,10 +24,10 @@
 //! 3. No renewal is asked for, and none counts, from `soft_terminate_at` on, or after an end has begun.
 //! 4. A renewal counts only if this keeper asked for it: its deadlines lie after a `local_time` that was sent.
 
+use crate::tables::{Schedule, Table};
 use holdfast_wire::drone::RenewRefusal;
 use holdfast_wire::lease::EXPIRY_MS_MAX;
 use holdfast_wire::{Deadlines, TerminationReason};
-use std::collections::{BTreeMap, BTreeSet};
 
 /// Renewals are repeated after a fifth of the time from `renew_at` to `soft_terminate_at`, within these bounds.
 pub const RENEW_RETRY_PARTS: i64 = 5;
@@ -96,7 +96,6 @@ struct Lease {
     asked: Option<(i64, i64)>,
     /// The same of the deadlines before, whose first answer has counted: the answers to its repetitions may follow.
     answered: Option<(i64, i64)>,
-    wake_at: Option<i64>,
 }
 
 impl Lease {
@@ -119,9 +118,9 @@ impl Lease {
 /// All leases of a drone.
 #[derive(Debug, Default)]
 pub struct LeaseKeeper {
-    leases: BTreeMap<String, Lease>,
-    /// `(wake_at, backend)` of every lease that waits for a moment.
-    wakes: BTreeSet<(i64, String)>,
+    leases: Table<String, Lease>,
+    /// When each lease next has something to say.
+    wakes: Schedule<String>,
 }
 
 impl LeaseKeeper {
@@ -132,7 +131,7 @@ impl LeaseKeeper {
 
     /// A backend is about to be started under these deadlines. Does nothing and answers false if it has a lease already.
     pub fn acquired(&mut self, backend: &str, token: u64, deadlines: Deadlines) -> bool {
-        if self.leases.contains_key(backend) {
+        if self.leases.contains(backend) {
             return false;
         }
         let lease = Lease {
@@ -142,7 +141,6 @@ impl LeaseKeeper {
             ask_at: deadlines.renew_at,
             asked: None,
             answered: None,
-            wake_at: None,
         };
         self.leases.insert(backend.to_owned(), lease);
         self.index(backend);
@@ -218,9 +216,8 @@ impl LeaseKeeper {
 
     /// Nothing of the backend is left.
     pub fn ended(&mut self, backend: &str) {
-        if let Some(Lease { wake_at: Some(at), .. }) = self.leases.remove(backend) {
-            self.wakes.remove(&(at, backend.to_owned()));
-        }
+        self.leases.remove(backend);
+        self.index(backend);
     }
 
     /// A new session: what was asked for and not answered is asked for again, now.
@@ -243,18 +240,11 @@ impl LeaseKeeper {
     /// is repeated.
     pub fn due(&mut self, now_ms: i64, mut jitter: impl FnMut() -> f64) -> Vec<Duty> {
         let mut duties = Vec::new();
-        let mut renewal_due = false;
-        let horizon_ms = now_ms.saturating_add(RENEW_COALESCE_MS);
-        let candidates: Vec<String> = self
-            .wakes
-            .iter()
-            .take_while(|(at, _)| *at <= horizon_ms)
-            .inspect(|(at, _)| renewal_due |= *at <= now_ms)
-            .map(|(_, backend)| backend.clone())
-            .collect();
-        if !renewal_due {
+        if self.wakes.next().is_none_or(|at| at > now_ms) {
             return duties;
         }
+        let horizon_ms = now_ms.saturating_add(RENEW_COALESCE_MS);
+        let candidates: Vec<String> = self.wakes.until(horizon_ms).cloned().collect();
         for backend in candidates {
             let Some(lease) = self.leases.get_mut(&backend) else { continue };
             let reason = TerminationReason::KeyExpired;
@@ -281,7 +271,7 @@ impl LeaseKeeper {
 
     /// When [`LeaseKeeper::due`] next has something to say.
     pub fn next_wake(&self) -> Option<i64> {
-        self.wakes.first().map(|(at, _)| *at)
+        self.wakes.next()
     }
 
     /// The deadlines that stand for a backend.
@@ -290,17 +280,8 @@ impl LeaseKeeper {
     }
 
     fn index(&mut self, backend: &str) {
-        let Some(lease) = self.leases.get_mut(backend) else { return };
-        let next = lease.next_wake();
-        if next == lease.wake_at {
-            return;
-        }
-        if let Some(old) = std::mem::replace(&mut lease.wake_at, next) {
-            self.wakes.remove(&(old, backend.to_owned()));
-        }
-        if let Some(next) = next {
-            self.wakes.insert((next, backend.to_owned()));
-        }
+        let at = self.leases.get(backend).and_then(Lease::next_wake);
+        self.wakes.set(&backend.to_owned(), at);
     }
 }
 

@@ -2,15 +2,16 @@
 //!
 //! ```text
 //!                    ┌──────────────────────── holdfast-drone ───────────────────────────┐
-//!   controllers ◀──▶ │ session ◀──▶ agent ──Want──▶ runtime ──Update──▶ guard (a process) │ ──▶ backend
-//!    WebSocket       │  discovery    │  ▲◀──Fact────┘   ◀──────Report─────┘               │
-//!                    │               ▼  │                                                 │
-//!                    │   pure: lease, life, outbox, admission        clock: CLOCK_BOOTTIME│
+//!   controllers ◀──▶ │ session ◀─▶ agent ──Desired──▶ runtime ──Update──▶ guard (a process)│ ──▶ backend
+//!    WebSocket       │  discovery   │ ▲ ◀─Observation─┘    ◀─────Report────┘              │
+//!                    │        Input ▼ │ Effect                                            │
+//!                    │  pure: machine (lease, backend_state, outbox, admission, activity)  │
 //!                    └────────────────────────────────────────────────────────────────────┘
 //! ```
 //!
-//! [`agent`] owns all state and asks the pure parts; [`session`] and [`runtime`] are thin IO around it. A backend outlives
-//! its drone: the next one finds it by its [`journal`] and [adopts](adopt) it through its guard.
+//! [`machine`] decides everything and does nothing; [`agent`] is the loop that carries its effects out, with [`session`],
+//! [`runtime`] and [`backend_store`]. A backend outlives its drone: the next one finds it by its [`journal`] and
+//! [adopts](adopt) it through its guard.
 //!
 //! Invariants (numbers in brackets are those of the design):
 //!
@@ -24,22 +25,27 @@
 //!    backend that an earlier process has started only when its guard says so, or was killed with all that it held.
 //! 5. Every state is reported in order and again until it is acknowledged.
 //! 6. Every queue, log, map and wait has a named bound (7).
-//! 7. Before a guard is started its backend is durably in the journal. Before a drone starts anything, what earlier ones
-//!    left is known: adopted, reported, or ended (1).
+//! 7. Before a guard is started its backend is durably in the journal. Before an end that a controller asked for is
+//!    acknowledged it is durable too, or carried out: a later drone carries it out.
+//! 8. What earlier drones left is adopted, reported or ended backend by backend: none of them delays another one. A spawn
+//!    waits for an earlier backend of its own key alone.
 
 pub mod activity;
 pub mod admission;
 pub mod adopt;
 pub mod agent;
+pub mod backend_state;
+pub mod backend_store;
 pub mod cgroup;
 pub mod clock;
 pub mod config;
 pub mod data_dir;
+pub mod data_id;
 pub mod discovery;
 pub mod guard;
 pub mod journal;
 pub mod lease;
-pub mod life;
+pub mod machine;
 pub mod open_files;
 pub mod outbox;
 pub mod ports;
@@ -47,3 +53,4 @@ pub mod processes;
 pub mod readiness;
 pub mod runtime;
 pub mod session;
+pub mod tables;

@@ -1,20 +1,20 @@
 //! `holdfast-drone`: see the library.
 
 use clap::Parser;
-use holdfast_drone::adopt;
-use holdfast_drone::agent::{Agent, INPUTS_MAX, Input};
+use holdfast_drone::agent::{Agent, EVENTS_MAX, Event};
 use holdfast_drone::clock::DroneClock;
 use holdfast_drone::config::{Config, Flags, RuntimeKind};
 use holdfast_drone::data_dir::DataDir;
+use holdfast_drone::data_id::{self, Machine};
 use holdfast_drone::discovery::Discovery;
 use holdfast_drone::guard::{self, GUARD_ARGUMENT};
-use holdfast_drone::journal;
+use holdfast_drone::journal::{self, Boot};
 use holdfast_drone::open_files::{self, OpenFiles};
 use holdfast_drone::runtime::Runtime;
 use holdfast_drone::runtime::docker::{DockerConfig, DockerRuntime, Owner};
 use holdfast_drone::runtime::process::ProcessRuntime;
 use holdfast_drone::runtime::supervised::Supervised;
-use holdfast_drone::session::{Identity, Session, random_incarnation};
+use holdfast_drone::session::{Identity, Session, random_id};
 use std::io;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -136,14 +136,23 @@ async fn run(
     backends_open_files: Option<OpenFiles>,
     docker: Option<DockerConfig>,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    let boot_id = journal::boot_id()?;
+    let data_id = data_id::of_directory(data_dir.path(), &Machine::read(&boot_id), random_id())?;
+    let boot = Boot { id: boot_id, same_machine: data_id.same_machine };
     let identity = Identity {
         name: config.name,
         cluster: config.cluster,
         pool: config.pool,
-        incarnation: random_incarnation(),
+        incarnation: random_id(),
+        data_id: data_id.id,
     };
-    info!(name = identity.name, incarnation = identity.incarnation, "drone starts");
-    let (inputs, waiting) = mpsc::channel(INPUTS_MAX);
+    info!(
+        name = identity.name,
+        incarnation = identity.incarnation,
+        data_id = identity.data_id,
+        "drone starts"
+    );
+    let (inputs, waiting) = mpsc::channel(EVENTS_MAX);
     let backends: Arc<dyn Runtime> = match docker {
         None => {
             let mut backends = ProcessRuntime::new(clock, data_dir.backends())?;
@@ -162,10 +171,8 @@ async fn run(
         }
     };
     let backends: Arc<dyn Runtime> = Arc::new(Supervised::new(backends));
-    let boot_id = journal::boot_id()?;
-    // Before anything is taken on: what an earlier drone has left is known, and what nobody knows is ended.
-    let left = adopt::find(&data_dir.backends(), backends.as_ref(), &boot_id).await?;
-    let agent = Agent::new(clock, data_dir, backends, config.ip, inputs.clone(), boot_id, left)?;
+    let agent =
+        Agent::new(clock, data_dir, backends, config.ip, inputs.clone(), &identity.incarnation, boot)?;
     let session = Session::new(identity, clock, Discovery::new(config.controllers)?, inputs.clone());
     let stop = CancellationToken::new();
     let mut session = tokio::spawn(session.run(stop.clone()));
@@ -186,18 +193,18 @@ async fn run(
 }
 
 /// Tells the agent of SIGTERM, SIGINT and SIGHUP.
-fn pass_on_signals(inputs: mpsc::Sender<Input>) -> io::Result<impl Future<Output = ()>> {
+fn pass_on_signals(inputs: mpsc::Sender<Event>) -> io::Result<impl Future<Output = ()>> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hang_up = signal(SignalKind::hangup())?;
     Ok(async move {
         loop {
-            let input = tokio::select! {
-                _ = terminate.recv() => Input::Stop,
-                _ = interrupt.recv() => Input::Stop,
-                _ = hang_up.recv() => Input::Leave,
+            let event = tokio::select! {
+                _ = terminate.recv() => Event::Stop,
+                _ = interrupt.recv() => Event::Stop,
+                _ = hang_up.recv() => Event::Leave,
             };
-            if inputs.send(input).await.is_err() {
+            if inputs.send(event).await.is_err() {
                 return;
             }
         }

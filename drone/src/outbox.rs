@@ -3,13 +3,15 @@
 //! Invariants:
 //!
 //! 1. Reports are sent in the order in which they were made; a new session starts again with the oldest.
-//! 2. A report is forgotten only when its acknowledgement has come (or its cluster has gone).
-//! 3. At most [`IN_FLIGHT_MAX`] reports are on the way at once. What waits is bounded by the number of backends: each
+//! 2. A report is forgotten only when it was acknowledged (or its cluster has gone).
+//! 3. At most [`IN_FLIGHT_MAX`] reports are in flight. The number that waits is bounded by the number of backends: each
 //!    makes at most one report for each status.
+//! 4. The work of a call grows with what it sends or forgets, not with what waits.
 
+use crate::tables::{Schedule, Table};
 use holdfast_wire::BackendState;
 use holdfast_wire::drone::BackendEvent;
-use std::collections::VecDeque;
+use std::collections::BTreeSet;
 
 /// A report that is not acknowledged within this time is sent again, in milliseconds.
 pub const RESEND_MS: i64 = 2_000;
@@ -18,17 +20,16 @@ pub const WAITING_MAX: usize = 8 * crate::admission::BACKENDS_MAX;
 /// Most reports sent and not acknowledged.
 pub const IN_FLIGHT_MAX: usize = 512;
 
-#[derive(Debug)]
-struct Waiting {
-    event: BackendEvent,
-    sent_at: Option<i64>,
-}
-
-/// See the module.
+/// The reports that wait, and which of them are in flight.
 #[derive(Debug, Default)]
 pub struct Outbox {
     last_id: i64,
-    waiting: VecDeque<Waiting>,
+    waiting: Table<i64, BackendEvent>,
+    /// Not sent in this session yet.
+    unsent: BTreeSet<i64>,
+    /// Sent in this session: when to send again.
+    in_flight: Schedule<i64>,
+    by_backend: Table<String, BTreeSet<i64>>,
 }
 
 impl Outbox {
@@ -42,31 +43,44 @@ impl Outbox {
         self.last_id += 1;
         let event_id = self.last_id;
         let event = BackendEvent { event_id, backend_id: backend_id.to_owned(), state, timestamp, token };
-        self.waiting.push_back(Waiting { event, sent_at: None });
+        self.waiting.insert(event_id, event);
+        self.unsent.insert(event_id);
+        self.by_backend.entry(backend_id.to_owned()).or_default().insert(event_id);
     }
 
     /// Takes the report's number off the list and returns it.
     pub fn acknowledged(&mut self, event_id: i64) -> Option<BackendEvent> {
-        // Numbers are in order; acknowledgements mostly too.
-        let at = self.waiting.binary_search_by_key(&event_id, |w| w.event.event_id).ok()?;
-        self.waiting.remove(at).map(|w| w.event)
+        let event = self.take(event_id)?;
+        if let Some(of_backend) = self.by_backend.get_mut(&event.backend_id) {
+            of_backend.remove(&event_id);
+            if of_backend.is_empty() {
+                self.by_backend.remove(&event.backend_id);
+            }
+        }
+        Some(event)
+    }
+
+    fn take(&mut self, event_id: i64) -> Option<BackendEvent> {
+        self.unsent.remove(&event_id);
+        self.in_flight.set(&event_id, None);
+        self.waiting.remove(&event_id)
     }
 
     /// Everything has to be sent again.
     pub fn session_lost(&mut self) {
-        for waiting in &mut self.waiting {
-            waiting.sent_at = None;
-        }
+        self.unsent.extend(self.in_flight.take_all());
     }
 
     /// Forgets all reports of a backend.
     pub fn forget(&mut self, backend_id: &str) {
-        self.waiting.retain(|w| w.event.backend_id != backend_id);
+        for event_id in self.by_backend.remove(backend_id).unwrap_or_default() {
+            self.take(event_id);
+        }
     }
 
     /// Whether a report of this backend waits.
     pub fn holds(&self, backend_id: &str) -> bool {
-        self.waiting.iter().any(|w| w.event.backend_id == backend_id)
+        self.by_backend.contains(backend_id)
     }
 
     /// Whether [`WAITING_MAX`] is reached.
@@ -79,23 +93,26 @@ impl Outbox {
         self.waiting.is_empty()
     }
 
-    /// Hands what is due to `send`, oldest first, until that answers false (no room).
-    pub fn flush(&mut self, now_ms: i64, mut send: impl FnMut(&BackendEvent) -> bool) {
-        for waiting in self.waiting.iter_mut().take(IN_FLIGHT_MAX) {
-            if waiting.sent_at.is_some_and(|at| now_ms < at.saturating_add(RESEND_MS)) {
-                continue;
-            }
-            if !send(&waiting.event) {
-                return;
-            }
-            waiting.sent_at = Some(now_ms);
+    /// What is due, oldest first; it counts as sent.
+    pub fn flush(&mut self, now_ms: i64) -> Vec<BackendEvent> {
+        let mut due: BTreeSet<i64> = std::iter::from_fn(|| self.in_flight.pop_due(now_ms)).collect();
+        while self.in_flight.len() + due.len() < IN_FLIGHT_MAX
+            && let Some(event_id) = self.unsent.pop_first()
+        {
+            due.insert(event_id);
         }
+        for event_id in &due {
+            self.in_flight.set(event_id, Some(now_ms.saturating_add(RESEND_MS)));
+        }
+        due.iter().filter_map(|event_id| self.waiting.get(event_id).cloned()).collect()
     }
 
     /// When [`Outbox::flush`] next has something to send: a moment that may have passed, or none.
     pub fn next_wake(&self) -> Option<i64> {
-        let due = |w: &Waiting| w.sent_at.map_or(i64::MIN, |at| at.saturating_add(RESEND_MS));
-        self.waiting.iter().take(IN_FLIGHT_MAX).map(due).min()
+        if !self.unsent.is_empty() && self.in_flight.len() < IN_FLIGHT_MAX {
+            return Some(i64::MIN);
+        }
+        self.in_flight.next()
     }
 }
 
@@ -104,12 +121,7 @@ mod tests {
     use super::*;
 
     fn flushed(outbox: &mut Outbox, now: i64) -> Vec<i64> {
-        let mut sent = Vec::new();
-        outbox.flush(now, |event| {
-            sent.push(event.event_id);
-            true
-        });
-        sent
+        outbox.flush(now).iter().map(|event| event.event_id).collect()
     }
 
     fn three() -> Outbox {
@@ -142,18 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn without_room_the_rest_waits_in_order() {
-        let mut outbox = three();
-        let mut room = 1;
-        outbox.flush(0, |_| {
-            room -= 1;
-            room >= 0
-        });
-        assert_eq!(flushed(&mut outbox, 1), [2, 3]);
-    }
-
-    #[test]
-    fn no_more_than_the_window_is_on_the_way() {
+    fn no_more_reports_than_the_window_are_in_flight() {
         let mut outbox = Outbox::new();
         for _ in 0..IN_FLIGHT_MAX + 2 {
             outbox.push("ba", BackendState::Loading, 0, None);

@@ -6,7 +6,7 @@
 //!     └──────SessionEvent─────────────────── reader ◀────────┘
 //! ```
 
-use crate::agent::Input;
+use crate::agent::Event;
 use crate::clock::DroneClock;
 use crate::discovery::Discovery;
 use futures::{SinkExt, StreamExt};
@@ -47,8 +47,9 @@ const BACKOFF_MIN: Duration = Duration::from_millis(20);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
 /// A session that lived this long starts the pauses anew.
 const SETTLED: Duration = Duration::from_secs(1);
-/// Messages to the controller that wait. The agent makes those without room again later.
-const QUEUE_MAX: usize = 4_096;
+/// Messages to the controller that wait. A session that lets more of them wait is replaced: so no message is lost within a
+/// session.
+const QUEUE_MAX: usize = 32_768;
 /// Messages that are sent with one flush.
 const FLUSH_MAX: usize = 64;
 /// Largest message, in bytes: a spawn holds an executable of at most [`BODY_BYTES_MAX`], and more around it.
@@ -59,15 +60,25 @@ const MESSAGE_BYTES_MAX: usize = 2 * BODY_BYTES_MAX;
 pub enum SessionEvent {
     /// A controller has answered the handshake.
     Connected {
+        /// The number of the session; each has a larger one.
+        session: u64,
         /// What it said.
         handshake: ControllerHandshake,
         /// Takes messages for it.
         sender: mpsc::Sender<MessageFromDrone>,
     },
     /// It has sent something.
-    Message(MessageToDrone),
+    Message {
+        /// The number of the session.
+        session: u64,
+        /// What it has sent.
+        message: MessageToDrone,
+    },
     /// The session is over.
-    Lost,
+    Lost {
+        /// The number of the session.
+        session: u64,
+    },
 }
 
 /// Who connects.
@@ -81,6 +92,8 @@ pub struct Identity {
     pub pool: String,
     /// Random, one for each start of the process.
     pub incarnation: String,
+    /// The data directory's: see [`crate::data_id`].
+    pub data_id: String,
 }
 
 impl Identity {
@@ -93,7 +106,7 @@ impl Identity {
 }
 
 /// 128 random bits.
-pub fn random_incarnation() -> String {
+pub fn random_id() -> String {
     format!("{:032x}", rand::rng().random::<u128>())
 }
 
@@ -120,6 +133,8 @@ enum End {
     Socket(#[from] tokio_tungstenite::tungstenite::Error),
     #[error("{0} leads now")]
     Moved(String),
+    #[error("more than {QUEUE_MAX} messages wait")]
+    Full,
     #[error("the drone is stopping")]
     Stopping,
 }
@@ -131,7 +146,9 @@ pub struct Session {
     identity: Identity,
     clock: DroneClock,
     discovery: Discovery,
-    inputs: mpsc::Sender<Input>,
+    inputs: mpsc::Sender<Event>,
+    /// The number of the latest session.
+    session: u64,
 }
 
 impl Session {
@@ -140,9 +157,9 @@ impl Session {
         identity: Identity,
         clock: DroneClock,
         discovery: Discovery,
-        inputs: mpsc::Sender<Input>,
+        inputs: mpsc::Sender<Event>,
     ) -> Self {
-        Self { identity, clock, discovery, inputs }
+        Self { identity, clock, discovery, inputs, session: 0 }
     }
 
     /// Keeps a session until `stop`.
@@ -201,7 +218,7 @@ impl Session {
     }
 
     /// One session, to its end.
-    async fn one(&self, url: &str, stop: &CancellationToken) -> End {
+    async fn one(&mut self, url: &str, stop: &CancellationToken) -> End {
         let (mut socket, handshake) = match self.connect(url).await {
             Ok(connected) => connected,
             Err(end) => return end,
@@ -213,7 +230,10 @@ impl Session {
             return end;
         }
         let (sender, queue) = mpsc::channel(QUEUE_MAX);
-        if self.inputs.send(Input::Session(SessionEvent::Connected { handshake, sender })).await.is_err() {
+        self.session += 1;
+        let session = self.session;
+        let connected = SessionEvent::Connected { session, handshake, sender };
+        if self.inputs.send(Event::Session(connected)).await.is_err() {
             return End::Stopping;
         }
         let (sink, stream) = socket.split();
@@ -222,7 +242,7 @@ impl Session {
             end = self.read(stream) => end,
             end = self.watch_leader(url) => end,
         };
-        if self.inputs.send(Input::Session(SessionEvent::Lost)).await.is_err() {
+        if self.inputs.send(Event::Session(SessionEvent::Lost { session })).await.is_err() {
             return End::Stopping;
         }
         end
@@ -244,6 +264,7 @@ impl Session {
             version: VersionInfo::current(),
             name: self.identity.name.clone(),
             incarnation: Some(self.identity.incarnation.clone()),
+            data_id: Some(self.identity.data_id.clone()),
         };
         self.send(&mut socket, &handshake).await?;
         let answer = async {
@@ -295,7 +316,7 @@ impl Session {
             tokio::select! {
                 count = queue.recv_many(&mut taken, FLUSH_MAX) => {
                     if count == 0 {
-                        return End::Stopping;
+                        return End::Full;
                     }
                     for message in taken.drain(..) {
                         match serde_json::to_string(&message) {
@@ -339,7 +360,12 @@ impl Session {
             match frame {
                 Message::Text(text) => match serde_json::from_str::<MessageToDrone>(text.as_str()) {
                     Ok(message) => {
-                        if self.inputs.send(Input::Session(SessionEvent::Message(message))).await.is_err() {
+                        if self
+                            .inputs
+                            .send(Event::Session(SessionEvent::Message { session: self.session, message }))
+                            .await
+                            .is_err()
+                        {
                             return End::Stopping;
                         }
                     }
@@ -390,9 +416,10 @@ mod tests {
             name: "dr-a".into(),
             cluster: "[::1]:80".into(),
             pool: "gpu".into(),
-            incarnation: random_incarnation(),
+            incarnation: random_id(),
+            data_id: random_id(),
         };
         assert_eq!(identity.socket_url("http://h:1"), "ws://h:1/ctrl/c/%5B::1%5D:80/drone-socket?pool=gpu");
-        assert_ne!(random_incarnation(), random_incarnation());
+        assert_ne!(random_id(), random_id());
     }
 }

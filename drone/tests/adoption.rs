@@ -21,8 +21,8 @@ use std::path::{Path, PathBuf};
 const UNTIL_TOLD: &str = "echo up; while [ ! -e done ]; do sleep 0.05; done; exit 7";
 const FOREVER: &str = "echo up; exec sleep 300";
 
-/// What is left of a journal; nothing if it is missing.
-type Harm = fn(Vec<u8>) -> Option<Vec<u8>>;
+/// What happens to a journal.
+type Harm = fn(&Path);
 
 fn long() -> LeaseConfig {
     lease(30_000, 40_000, 50_000)
@@ -215,13 +215,14 @@ async fn a_backend_whose_deadline_passed_while_no_drone_was_there_is_reported_as
 }
 
 #[tokio::test]
-async fn a_backend_whose_guard_was_killed_or_hangs_is_ended_and_reported_as_lost() {
+async fn a_backend_whose_guard_was_killed_or_hangs_for_good_is_ended_and_lost() {
     if !nix::unistd::geteuid().is_root() {
         eprintln!("skipped: only root can make PID namespaces");
         return;
     }
-    for signal in [Signal::SIGKILL, Signal::SIGSTOP] {
-        let mut fake = Fake::start(long()).await;
+    // One that hangs is waited for until its hard deadline is certainly over.
+    for (signal, lease) in [(Signal::SIGKILL, long()), (Signal::SIGSTOP, short_lease())] {
+        let mut fake = Fake::start(lease).await;
         let dir = tempfile::tempdir().unwrap();
         let backend = format!("ba-guard-{}", signal.as_str().to_lowercase());
         let (drone, _conn) = running(&mut fake, dir.path(), &backend, FOREVER).await;
@@ -243,7 +244,41 @@ async fn a_backend_whose_guard_was_killed_or_hangs_is_ended_and_reported_as_lost
 }
 
 #[tokio::test]
-async fn what_ran_before_the_machine_was_started_anew_is_reported_as_lost() {
+async fn a_guard_that_greets_late_is_waited_for_and_delays_nothing_else() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("skipped: only root can make PID namespaces");
+        return;
+    }
+    let mut fake = Fake::start(long()).await;
+    let dir = tempfile::tempdir().unwrap();
+    let (drone, mut conn) = running(&mut fake, dir.path(), "ba-late", FOREVER).await;
+    let [guard] = drone.guards()[..] else { panic!("one guard: {:?}", drone.guards()) };
+    conn.waiting("ba-well", FOREVER).await;
+    drone.wrote("ba-well", "up").await;
+    let before = pids("ba-late");
+    kill9(drone);
+    kill(guard, Signal::SIGSTOP).unwrap();
+    let _next = Drone::start(&fake.url, dir.path());
+    let mut conn = fake.conn().await;
+    let listed: Vec<_> = conn.listed.iter().map(|listed| (listed.backend.as_str(), listed.token)).collect();
+    assert_eq!(listed, [("ba-late", Some(TOKEN)), ("ba-well", Some(TOKEN))]);
+    let renewed = conn.renewal().await.keys;
+    assert_eq!(renewed.iter().map(|key| key.backend.as_str()).collect::<Vec<_>>(), ["ba-well"]);
+    // Past the time within which a guard had to greet once.
+    let since = boot_ms();
+    while boot_ms() < since + 3_000 {
+        conn.any().await;
+    }
+    kill(guard, Signal::SIGCONT).unwrap();
+    let renewed = conn.renewal().await.keys;
+    assert_eq!(renewed.iter().map(|key| key.backend.as_str()).collect::<Vec<_>>(), ["ba-late"]);
+    assert_eq!(pids("ba-late"), before, "it was not interrupted");
+    refuse(&conn, "ba-late");
+    refuse(&conn, "ba-well");
+}
+
+#[tokio::test]
+async fn what_may_run_on_another_machine_is_listed_and_not_reported() {
     let mut fake = Fake::start(long()).await;
     let dir = tempfile::tempdir().unwrap();
     let backend = "ba-other-boot";
@@ -258,52 +293,94 @@ async fn what_ran_before_the_machine_was_started_anew_is_reported_as_lost() {
     };
     std::fs::create_dir_all(dir_of(dir.path(), backend)).unwrap();
     std::fs::write(dir_of(dir.path(), backend).join("journal"), record.encode().unwrap()).unwrap();
-    let _drone = Drone::start(&fake.url, dir.path());
+    let elsewhere = serde_json::json!({"data_id": "of-the-old-machine", "machine_id": "m", "product_uuid": "u",
+                                       "boot_id": record.boot_id});
+    std::fs::write(dir.path().join("data_id"), elsewhere.to_string()).unwrap();
+    let drone = Drone::start(&fake.url, dir.path());
     let mut conn = fake.conn().await;
-    let state = terminated(&mut conn, backend).await;
-    assert!(
-        matches!(
-            state,
-            BackendState::Terminated { reason: Some(TerminationReason::Lost), exit_code: None, .. }
-        ),
-        "{state:?}"
-    );
-    forgotten(dir.path(), backend).await;
+    let data_id = conn.handshake.data_id.clone();
+    assert!(data_id.as_ref().is_some_and(|id| id.len() == 32), "a new one: {data_id:?}");
+    let listed: Vec<_> = conn.listed.iter().map(|listed| (listed.backend.as_str(), listed.token)).collect();
+    assert_eq!(listed, [(backend, Some(TOKEN))]);
+    // Its spawn is not taken again, and an end that is asked for is remembered.
+    conn.spawn(backend, FOREVER).await;
+    let end = Action::Terminate { kind: TerminationKind::Hard, reason: TerminationReason::External };
+    conn.act("end", backend, end);
+    conn.until("the end is acknowledged, and nothing else said", |message| match message {
+        MessageFromDrone::AckAction { action_id } => {
+            assert_eq!(action_id, "end");
+            Some(())
+        }
+        MessageFromDrone::BackendEvent(event) => panic!("{event:?}"),
+        _ => None,
+    })
+    .await;
+    assert!(dir_of(dir.path(), backend).join("end").exists());
+    // The drone works, also for the same key, and keeps its data id.
+    conn.waiting("ba-here", FOREVER).await;
+    kill9(drone);
+    let _next = Drone::start(&fake.url, dir.path());
+    let mut conn = fake.conn().await;
+    assert_eq!(conn.handshake.data_id, data_id);
+    conn.renewal().await;
+    refuse(&conn, "ba-here");
+    vanished("ba-here").await;
 }
 
 #[tokio::test]
-async fn whatever_a_damaged_journal_may_have_run_is_ended_before_anything_is_started() {
-    let damages: [(&str, Harm); 4] = [
-        ("flipped", |mut bytes| {
+async fn a_damaged_directory_is_ended_and_delays_nothing_else() {
+    let damages: [(&str, Harm); 6] = [
+        ("flipped", |journal| {
+            let mut bytes = std::fs::read(journal).unwrap();
             let middle = bytes.len() / 2;
             bytes[middle] ^= 1;
-            Some(bytes)
+            std::fs::write(journal, bytes).unwrap();
         }),
-        ("torn", |bytes| Some(bytes[..bytes.len() / 2].to_vec())),
-        ("empty", |_| Some(Vec::new())),
-        ("missing", |_| None),
+        ("torn", |journal| {
+            let bytes = std::fs::read(journal).unwrap();
+            std::fs::write(journal, &bytes[..bytes.len() / 2]).unwrap();
+        }),
+        ("empty", |journal| std::fs::write(journal, "").unwrap()),
+        ("missing", |journal| std::fs::remove_file(journal).unwrap()),
+        ("fifo", |journal| {
+            std::fs::remove_file(journal).unwrap();
+            nix::unistd::mkfifo(journal, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        }),
+        ("dir", |journal| {
+            std::fs::remove_file(journal).unwrap();
+            std::fs::create_dir_all(journal.join("more")).unwrap();
+        }),
     ];
-    for (what, damage) in damages {
-        let mut fake = Fake::start(long()).await;
-        let dir = tempfile::tempdir().unwrap();
-        let backend = format!("ba-{what}");
-        let (drone, _conn) =
-            running(&mut fake, dir.path(), &backend, "setsid sleep 300 & echo up; exec sleep 300").await;
-        kill9(drone);
-        populated(&backend, 2).await;
-        let journal = dir_of(dir.path(), &backend).join("journal");
-        let whole = std::fs::read(&journal).unwrap();
-        match damage(whole) {
-            Some(damaged) => std::fs::write(&journal, damaged).unwrap(),
-            None => std::fs::remove_file(&journal).unwrap(),
-        }
-        let _drone = Drone::start(&fake.url, dir.path());
-        let mut conn = fake.conn().await;
-        assert_eq!(alive(&backend), 0, "{what}: it runs on although the drone can take on others");
-        assert!(!journal.exists(), "{what}");
-        // And it works.
-        conn.waiting("ba-next", FOREVER).await;
+    let mut fake = Fake::start(long()).await;
+    let dir = tempfile::tempdir().unwrap();
+    let (drone, mut conn) = running(&mut fake, dir.path(), "ba-well", FOREVER).await;
+    let backends = damages.map(|(what, _)| format!("ba-{what}"));
+    for backend in &backends {
+        conn.waiting(backend, "setsid sleep 300 & echo up; exec sleep 300").await;
+        populated(backend, 2).await;
     }
+    let before = pids("ba-well");
+    kill9(drone);
+    for (backend, (_, damage)) in backends.iter().zip(damages) {
+        damage(&dir_of(dir.path(), backend).join("journal"));
+    }
+    // A guard cannot leave its outcome: the backend is ended and lost, and that is reported.
+    std::fs::create_dir(dir_of(dir.path(), "ba-well").join("outcome")).unwrap();
+    let _drone = Drone::start(&fake.url, dir.path());
+    let mut conn = fake.conn().await;
+    assert_eq!(conn.renewal().await.keys.len(), 1, "the others are not renewed");
+    assert_eq!(pids("ba-well"), before, "it was not interrupted");
+    for backend in &backends {
+        vanished(backend).await;
+        forgotten(dir.path(), backend).await;
+    }
+    // An id whose directory exists in any form is not started again.
+    conn.spawn("ba-flipped", FOREVER).await;
+    conn.acknowledged("spawn-ba-flipped").await;
+    conn.waiting("ba-next", FOREVER).await;
+    assert_eq!(alive("ba-flipped"), 0);
+    refuse(&conn, "ba-well");
+    terminated(&mut conn, "ba-well").await;
 }
 
 #[tokio::test]

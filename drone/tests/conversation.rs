@@ -193,7 +193,7 @@ async fn what_cannot_be_run_is_terminated_with_a_reason() {
         ("../escape", serde_json::json!({"command": ["true"]})),
     ] {
         let Action::Spawn { key, .. } = conn.spawn_action("", now) else { unreachable!() };
-        conn.act("a", backend, Action::Spawn { executable, key, static_token: None });
+        conn.act("a", backend, Action::Spawn { executable, key, static_token: None, incarnation: None });
         let terminated = loop {
             let event = conn.event().await;
             assert_eq!(event.backend_id, backend);
@@ -440,7 +440,7 @@ async fn a_guard_that_is_killed_before_it_has_reported_the_start_leaves_nothing_
     let now = conn.heartbeat().await;
     let Action::Spawn { key, .. } = conn.spawn_action("", now) else { unreachable!() };
     let executable = serde_json::json!({"command": [program]});
-    conn.act("a", backend, Action::Spawn { executable, key, static_token: None });
+    conn.act("a", backend, Action::Spawn { executable, key, static_token: None, incarnation: None });
     conn.expect(backend, BackendStatus::Loading).await;
     conn.expect(backend, BackendStatus::Starting).await;
     let guard = soon("the guard has forked init and backend", async {

@@ -25,6 +25,7 @@ async fn what_a_newer_controller_says_is_ignored_and_the_session_goes_on() {
         r#"{"AckEvent":{"event_id":7,"new":1}}"#,
         r#"{"AckDraining":{"new":1}}"#,
         r#"{"AckActivity":{"activity_id":7,"new":1}}"#,
+        r#"{"AckBackends":{"new":1}}"#,
     ] {
         conn.send_raw(unknown);
     }

@@ -7,12 +7,12 @@ mod common;
 use common::{alive, populated, soon};
 use futures::future::BoxFuture;
 use holdfast_drone::adopt::Link;
+use holdfast_drone::backend_state::{Desired, Observation};
 use holdfast_drone::clock::DroneClock;
 use holdfast_drone::data_dir::DataDir;
-use holdfast_drone::life::Fact;
 use holdfast_drone::runtime::process::ProcessRuntime;
 use holdfast_drone::runtime::supervised::Supervised;
-use holdfast_drone::runtime::{BackendSpec, Runtime, Want};
+use holdfast_drone::runtime::{BackendSpec, Runtime};
 use holdfast_wire::KeyConfig;
 use holdfast_wire::http::{Executable, ProcessExecutable};
 use std::sync::Arc;
@@ -28,8 +28,8 @@ impl Runtime for Panicking {
     fn run(
         &self,
         spec: BackendSpec,
-        want: watch::Receiver<Want>,
-        facts: mpsc::Sender<Fact>,
+        want: watch::Receiver<Desired>,
+        facts: mpsc::Sender<Observation>,
     ) -> BoxFuture<'static, ()> {
         let (run, now) = (self.inner.run(spec, want, facts), Arc::clone(&self.now));
         Box::pin(async move {
@@ -44,8 +44,8 @@ impl Runtime for Panicking {
         &self,
         id: String,
         link: Link,
-        want: watch::Receiver<Want>,
-        facts: mpsc::Sender<Fact>,
+        want: watch::Receiver<Desired>,
+        facts: mpsc::Sender<Observation>,
     ) -> BoxFuture<'static, ()> {
         self.inner.adopt(id, link, want, facts)
     }
@@ -67,12 +67,13 @@ async fn a_backend_whose_watcher_panics_is_ended_and_reported() {
     let runtime = Supervised::new(Arc::new(Panicking { inner, now: Arc::clone(&now) }));
     let lease = common::lease(30_000, 40_000, 50_000);
     let deadlines = lease.deadlines(clock.now_ms());
-    let first = Want {
+    let first = Desired {
         deadlines,
         end: None,
         kill_at: deadlines.hard_terminate_at,
         expiry_ms: lease.expiry_ms,
         ready: false,
+        deliveries: 0,
         kill_ms: lease.kill_ms(),
     };
     let (_want, wants) = watch::channel(first);
@@ -92,11 +93,11 @@ async fn a_backend_whose_watcher_panics_is_ended_and_reported() {
         address: "127.0.0.1:20001".parse().unwrap(),
     };
     let task = tokio::spawn(runtime.run(spec, wants, sender));
-    while soon("it starts", facts.recv()).await.unwrap() != Fact::Started {}
+    while soon("it starts", facts.recv()).await.unwrap() != Observation::Started {}
     populated(backend, 2).await;
     now.notify_one();
-    assert_eq!(soon("its end", facts.recv()).await, Some(Fact::Failed));
-    assert_eq!(soon("its end", facts.recv()).await, Some(Fact::Gone));
+    assert_eq!(soon("its end", facts.recv()).await, Some(Observation::Failed));
+    assert_eq!(soon("its end", facts.recv()).await, Some(Observation::Gone));
     assert_eq!(alive(backend), 0);
     soon("the task ends", task).await.unwrap();
 }

@@ -16,7 +16,8 @@ async fn word(conn: &mut Conn) -> ActivityItem {
             _ => None,
         })
         .await;
-    conn.send(MessageToDrone::AckActivity { activity_id: activity.activity_id });
+    conn.activity_id = activity.activity_id;
+    conn.send(MessageToDrone::AckActivity { activity_id: activity.activity_id, again: Vec::new() });
     let [item] = &activity.backends[..] else { panic!("one backend: {activity:?}") };
     item.clone()
 }
@@ -42,6 +43,14 @@ async fn a_backends_open_connections_are_told_and_when_the_last_one_is_gone() {
     let idle = word(&mut conn).await;
     assert_eq!(idle.connections, 0);
     assert!(idle.idle_ms >= 1_000, "{idle:?}");
+    // A new session is told again, although it was acknowledged, and with a larger number.
+    let said = conn.activity_id;
+    conn.drop_it();
+    let mut conn = fake.conn().await;
+    let again = word(&mut conn).await;
+    assert_eq!((again.backend.as_str(), again.connections), ("ba-visited", 0));
+    assert!(again.idle_ms >= idle.idle_ms, "{again:?} after {idle:?}");
+    assert!(conn.activity_id > said, "{} after {said}", conn.activity_id);
     server.abort();
 }
 

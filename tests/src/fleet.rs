@@ -2,11 +2,11 @@
 //! that are only said to run. For what a fleet does together: see `tests/reconnect.rs`.
 
 use crate::harness::boot_ms;
-use holdfast_drone::agent::Input;
+use holdfast_drone::agent::Event;
 use holdfast_drone::clock::DroneClock;
 use holdfast_drone::discovery::Discovery;
 use holdfast_drone::lease::{Duty, LeaseKeeper};
-use holdfast_drone::session::{Identity, Session, SessionEvent, random_incarnation};
+use holdfast_drone::session::{Identity, Session, SessionEvent, random_id};
 use holdfast_wire::drone::{
     Action, ActionMessage, BackendEvent, MessageFromDrone, MessageToDrone, RenewItem, RenewKeysRequest,
 };
@@ -92,7 +92,8 @@ impl Fleet {
                 name: format!("dr-fleet-{number}"),
                 cluster: cluster.to_owned(),
                 pool: String::new(),
-                incarnation: random_incarnation(),
+                incarnation: random_id(),
+                data_id: random_id(),
             };
             let discovery = Discovery::new(urls.to_vec()).expect("an HTTP client");
             let session = Session::new(identity, clock, discovery, inputs);
@@ -123,13 +124,13 @@ struct Drone {
 }
 
 impl Drone {
-    async fn run(mut self, mut inputs: mpsc::Receiver<Input>) {
+    async fn run(mut self, mut inputs: mpsc::Receiver<Event>) {
         loop {
             let now_ms = self.clock.now_ms();
             let wake_ms = self.keeper.next_wake().map_or(i64::MAX, |at| at.saturating_sub(now_ms));
             let wait = Duration::from_millis(u64::try_from(wake_ms).unwrap_or(0)).min(LOOK_EVERY);
             match tokio::time::timeout(wait, inputs.recv()).await {
-                Ok(Some(Input::Session(event))) => self.session(event),
+                Ok(Some(Event::Session(event))) => self.session(event),
                 Ok(Some(_)) => {}
                 Ok(None) => return,
                 Err(_) => {}
@@ -140,7 +141,7 @@ impl Drone {
 
     fn session(&mut self, event: SessionEvent) {
         match event {
-            SessionEvent::Connected { handshake, sender } => {
+            SessionEvent::Connected { handshake, sender, .. } => {
                 let arrival = Arrival { drone: self.number, boot_ms: boot_ms(), controller: handshake.name };
                 self.stats.arrivals.lock().unwrap_or_else(PoisonError::into_inner).push(arrival);
                 self.stats.connected.fetch_add(1, Ordering::Relaxed);
@@ -150,11 +151,11 @@ impl Drone {
                     self.send(MessageFromDrone::BackendEvent(event));
                 }
             }
-            SessionEvent::Lost => {
+            SessionEvent::Lost { .. } => {
                 self.stats.connected.fetch_sub(1, Ordering::Relaxed);
                 self.session = None;
             }
-            SessionEvent::Message(message) => self.message(message),
+            SessionEvent::Message { message, .. } => self.message(message),
         }
     }
 
@@ -201,7 +202,9 @@ impl Drone {
                 self.unacked.remove(&event_id);
             }
             // It says neither.
-            MessageToDrone::AckDraining {} | MessageToDrone::AckActivity { .. } => {}
+            MessageToDrone::AckDraining {}
+            | MessageToDrone::AckActivity { .. }
+            | MessageToDrone::AckBackends {} => {}
             MessageToDrone::RenewKeysResponse(response) => {
                 let now_ms = self.clock.now_ms();
                 for key in response.keys {

@@ -138,7 +138,7 @@ impl SpawnSeen {
 }
 
 enum Incoming {
-    Message(MessageToDrone),
+    Message(Box<MessageToDrone>),
     End(SimError),
 }
 
@@ -179,7 +179,7 @@ async fn pump(mut socket: Socket, mut out: mpsc::Receiver<Message>, incoming: mp
                         Ok(message) => message,
                         Err(error) => break SimError::Protocol(format!("{text}: {error}")),
                     };
-                    if incoming.try_send(Incoming::Message(message)).is_err() {
+                    if incoming.try_send(Incoming::Message(Box::new(message))).is_err() {
                         break SimError::Closed { code: None, reason: "the test does not read".into() };
                     }
                 }
@@ -225,6 +225,7 @@ impl SimDrone {
                 version: VersionInfo::current(),
                 name: identity.name.clone(),
                 incarnation: identity.incarnation.clone(),
+                data_id: None,
             };
             socket.send(text(&handshake)?).await.map_err(|error| SimError::Connect(error.to_string()))?;
             loop {
@@ -332,7 +333,7 @@ impl SimDrone {
         end: tokio::time::Instant,
     ) -> Result<MessageToDrone, SimError> {
         match timeout_at(end, self.incoming.recv()).await.map_err(|_| SimError::Timeout(what))? {
-            Some(Incoming::Message(message)) => Ok(message),
+            Some(Incoming::Message(message)) => Ok(*message),
             Some(Incoming::End(end)) => Err(end),
             None => Err(SimError::Closed { code: None, reason: "the session is over".into() }),
         }
@@ -653,6 +654,7 @@ impl Auto {
             }
             MessageToDrone::RenewKeyResponse(_)
             | MessageToDrone::AckDraining {}
+            | MessageToDrone::AckBackends {}
             | MessageToDrone::AckActivity { .. } => Ok(()),
         }
     }

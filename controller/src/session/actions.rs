@@ -132,6 +132,7 @@ pub fn message(
                 token,
             },
             static_token: due.backend.static_token,
+            incarnation: None,
         },
         PendingAction::Terminate { kind, reason } => Action::Terminate { kind, reason },
     };

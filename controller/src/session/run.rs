@@ -231,7 +231,8 @@ impl Session {
                     self.acks.push(action_id);
                 }
             }
-            MessageFromDrone::BackendMetrics(_) => {}
+            // The list says nothing that these controllers act on; its sender repeats it ever more rarely.
+            MessageFromDrone::BackendMetrics(_) | MessageFromDrone::Backends(_) => {}
             MessageFromDrone::Draining {} => self.word.leaving(),
             MessageFromDrone::BackendActivity(activity) => self.word.activity(activity),
         }

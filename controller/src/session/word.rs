@@ -78,7 +78,7 @@ impl Word {
             return Ok(Some(Next::Record { command: FromDrone::Leaving { drone_id, session }, answer }));
         }
         let Some(activity) = self.activities.pop_front() else { return Ok(None) };
-        let answer = MessageToDrone::AckActivity { activity_id: activity.activity_id };
+        let answer = MessageToDrone::AckActivity { activity_id: activity.activity_id, again: Vec::new() };
         let mut items = Vec::new();
         for item in activity.backends {
             // A drone does not know who asked for it. Most have not.
@@ -183,7 +183,7 @@ mod tests {
             panic!("nothing to record")
         };
         assert_eq!((number, items.len(), items[0].idle_ms), (1, 1, None));
-        assert_eq!(answer, MessageToDrone::AckActivity { activity_id: 5 });
+        assert_eq!(answer, MessageToDrone::AckActivity { activity_id: 5, again: Vec::new() });
         word.leaving();
         assert!(!word.waits() && next(&mut word).is_none(), "one is under way");
         word.recorded();
@@ -209,7 +209,7 @@ mod tests {
         word.leaving();
         word.activity(activity(5, &[("free", 1)]));
         assert_eq!(word.next(1, "s", &view).unwrap(), Some(Next::Answer(MessageToDrone::AckDraining {})));
-        let answer = Next::Answer(MessageToDrone::AckActivity { activity_id: 5 });
+        let answer = Next::Answer(MessageToDrone::AckActivity { activity_id: 5, again: Vec::new() });
         assert_eq!(word.next(1, "s", &view).unwrap(), Some(answer));
         // Said by an earlier session of the drone.
         word.leaving();

@@ -7,10 +7,10 @@ pub mod supervised;
 mod watcher;
 
 use crate::adopt::Link;
-use crate::life::Fact;
+use crate::backend_state::{Desired, Observation};
 use futures::future::BoxFuture;
+use holdfast_wire::KeyConfig;
 use holdfast_wire::http::Executable;
-use holdfast_wire::{Deadlines, KeyConfig, TerminationKind};
 use std::net::SocketAddr;
 use tokio::sync::{mpsc, watch};
 
@@ -50,34 +50,17 @@ impl BackendSpec {
 /// Names a backend in its own environment.
 pub const ENV_BACKEND_ID: &str = "SESSION_BACKEND_ID";
 
-/// What the drone wants of a backend by now. Only the latest counts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Want {
-    /// The deadlines that stand, in drone time.
-    pub deadlines: Deadlines,
-    /// An end that has begun. It is not taken back.
-    pub end: Option<TerminationKind>,
-    /// When the grace of a soft end is over, in drone time; never later than the hard deadline.
-    pub kill_at: i64,
-    /// The lease's expiry, in milliseconds: guards take no deadline further ahead.
-    pub expiry_ms: u64,
-    /// It has answered HTTP.
-    pub ready: bool,
-    /// Time allowed for a kill to take effect, in milliseconds: the lease's, counted from the hard deadline.
-    pub kill_ms: u64,
-}
-
 /// A way to run backends.
 ///
-/// Whatever the implementation, its backends end at the hard deadline of the latest [`Want`] even if the drone dies.
+/// Whatever the implementation, its backends end at the hard deadline of the latest [`Desired`] even if the drone dies.
 pub trait Runtime: Send + Sync + 'static {
-    /// Runs one backend until nothing of it is left. Tells what it finds out on `facts`, [`Fact::Gone`] always and last.
+    /// Runs one backend until nothing of it is left. Tells what it finds out on `facts`, [`Observation::Gone`] always and last.
     /// Dropping the future does not end the backend.
     fn run(
         &self,
         spec: BackendSpec,
-        want: watch::Receiver<Want>,
-        facts: mpsc::Sender<Fact>,
+        want: watch::Receiver<Desired>,
+        facts: mpsc::Sender<Observation>,
     ) -> BoxFuture<'static, ()>;
 
     /// Goes on to run a backend of an earlier drone, through its guard, which repeats all that it has reported. Else as
@@ -86,8 +69,8 @@ pub trait Runtime: Send + Sync + 'static {
         &self,
         id: String,
         link: Link,
-        want: watch::Receiver<Want>,
-        facts: mpsc::Sender<Fact>,
+        want: watch::Receiver<Desired>,
+        facts: mpsc::Sender<Observation>,
     ) -> BoxFuture<'static, ()>;
 
     /// Ends whatever earlier drones may have left of a backend, its guard first; done when nothing of it is left.

@@ -2,12 +2,12 @@
 
 use super::leftovers::{Family, end_left};
 use super::watcher::{Guard, Watcher, line, tell};
-use super::{BackendSpec, Runtime, Want};
+use super::{BackendSpec, Runtime};
 use crate::adopt::Link;
+use crate::backend_state::{Desired, Observation};
 use crate::clock::DroneClock;
 use crate::data_dir::{BackendsDir, ENV_BACKEND_DIR};
 use crate::guard::{Arm, EndNow, GUARD_ARGUMENT, Update};
-use crate::life::Fact;
 use crate::open_files::OpenFiles;
 use futures::future::BoxFuture;
 use holdfast_wire::TerminationKind;
@@ -70,7 +70,7 @@ impl ProcessRuntime {
     }
 
     /// Starts the guard. It does nothing before it has got the line that arms it.
-    fn start(&self, spec: &BackendSpec, process: &ProcessExecutable, want: Want) -> io::Result<Guard> {
+    fn start(&self, spec: &BackendSpec, process: &ProcessExecutable, want: Desired) -> io::Result<Guard> {
         let paths = self.dirs.create(&spec.id)?;
         let guard_log = BackendsDir::open_guard_log(&paths)?;
         let mut env: BTreeMap<String, String> = ["PATH", "HOME", "LANG"]
@@ -109,18 +109,23 @@ impl ProcessRuntime {
         Ok(Guard::started(child, Some(known), arm_line))
     }
 
-    async fn run_backend(self, spec: BackendSpec, want: watch::Receiver<Want>, facts: mpsc::Sender<Fact>) {
+    async fn run_backend(
+        self,
+        spec: BackendSpec,
+        want: watch::Receiver<Desired>,
+        facts: mpsc::Sender<Observation>,
+    ) {
         let Executable::Process(process) = &spec.executable else {
             warn!(backend = %spec.id, "a container was asked for, but this drone runs processes");
-            tell(&facts, Fact::Failed).await;
-            tell(&facts, Fact::Gone).await;
+            tell(&facts, Observation::Failed).await;
+            tell(&facts, Observation::Gone).await;
             return;
         };
         if want.borrow().end.is_some() {
-            tell(&facts, Fact::Gone).await;
+            tell(&facts, Observation::Gone).await;
             return;
         }
-        tell(&facts, Fact::Starting).await;
+        tell(&facts, Observation::Starting).await;
         let first = *want.borrow();
         match self.start(&spec, process, first) {
             Ok(guard) => {
@@ -130,10 +135,10 @@ impl ProcessRuntime {
             }
             Err(e) => {
                 warn!(backend = %spec.id, "cannot start a guard: {e}");
-                tell(&facts, Fact::Failed).await;
+                tell(&facts, Observation::Failed).await;
             }
         }
-        tell(&facts, Fact::Gone).await;
+        tell(&facts, Observation::Gone).await;
     }
 }
 
@@ -142,14 +147,14 @@ impl ProcessRuntime {
         self,
         id: String,
         link: Link,
-        want: watch::Receiver<Want>,
-        facts: mpsc::Sender<Fact>,
+        want: watch::Receiver<Desired>,
+        facts: mpsc::Sender<Observation>,
     ) {
         // What it was told before stands; only changes are passed on.
         let first = *want.borrow();
         let watcher = Watcher::new(self.clock, &self.dirs, &self.family, &id, &facts);
         watcher.watch(Guard::adopted(link), want, first).await;
-        tell(&facts, Fact::Gone).await;
+        tell(&facts, Observation::Gone).await;
     }
 }
 
@@ -158,8 +163,8 @@ impl Runtime for ProcessRuntime {
         &self,
         id: String,
         link: Link,
-        want: watch::Receiver<Want>,
-        facts: mpsc::Sender<Fact>,
+        want: watch::Receiver<Desired>,
+        facts: mpsc::Sender<Observation>,
     ) -> BoxFuture<'static, ()> {
         Box::pin(self.clone().watch_adopted(id, link, want, facts))
     }
@@ -171,15 +176,15 @@ impl Runtime for ProcessRuntime {
     fn run(
         &self,
         spec: BackendSpec,
-        want: watch::Receiver<Want>,
-        facts: mpsc::Sender<Fact>,
+        want: watch::Receiver<Desired>,
+        facts: mpsc::Sender<Observation>,
     ) -> BoxFuture<'static, ()> {
         Box::pin(self.clone().run_backend(spec, want, facts))
     }
 }
 
 /// What a guard has to know of what is wanted.
-pub(super) fn update(clock: DroneClock, want: Want) -> Update {
+pub(super) fn update(clock: DroneClock, want: Desired) -> Update {
     Update {
         soft_boot_ms: clock.to_boot_ms(want.deadlines.soft_terminate_at),
         hard_boot_ms: clock.to_boot_ms(want.deadlines.hard_terminate_at),

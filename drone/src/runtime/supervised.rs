@@ -1,9 +1,9 @@
 //! A runtime whose tasks may panic: a backend that no task watches any more is ended, and not renewed forever.
 
 use super::watcher::tell;
-use super::{BackendSpec, Runtime, Want};
+use super::{BackendSpec, Runtime};
 use crate::adopt::Link;
-use crate::life::Fact;
+use crate::backend_state::{Desired, Observation};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use std::panic::AssertUnwindSafe;
@@ -31,7 +31,7 @@ impl Supervised {
     fn supervise(
         &self,
         id: String,
-        facts: mpsc::Sender<Fact>,
+        facts: mpsc::Sender<Observation>,
         task: impl FnOnce(&dyn Runtime) -> BoxFuture<'static, ()> + Send + 'static,
     ) -> BoxFuture<'static, ()> {
         let inner = Arc::clone(&self.inner);
@@ -43,8 +43,8 @@ impl Supervised {
             while !survives(async { inner.end_left(id.clone()).await }).await {
                 sleep(AGAIN).await;
             }
-            tell(&facts, Fact::Failed).await;
-            tell(&facts, Fact::Gone).await;
+            tell(&facts, Observation::Failed).await;
+            tell(&facts, Observation::Gone).await;
         })
     }
 }
@@ -58,8 +58,8 @@ impl Runtime for Supervised {
     fn run(
         &self,
         spec: BackendSpec,
-        want: watch::Receiver<Want>,
-        facts: mpsc::Sender<Fact>,
+        want: watch::Receiver<Desired>,
+        facts: mpsc::Sender<Observation>,
     ) -> BoxFuture<'static, ()> {
         let (id, of_task) = (spec.id.clone(), facts.clone());
         self.supervise(id, facts, move |runtime| runtime.run(spec, want, of_task))
@@ -69,8 +69,8 @@ impl Runtime for Supervised {
         &self,
         id: String,
         link: Link,
-        want: watch::Receiver<Want>,
-        facts: mpsc::Sender<Fact>,
+        want: watch::Receiver<Desired>,
+        facts: mpsc::Sender<Observation>,
     ) -> BoxFuture<'static, ()> {
         let of_task = facts.clone();
         self.supervise(id.clone(), facts, move |runtime| runtime.adopt(id, link, want, of_task))

@@ -1,14 +1,13 @@
 //! The drone's watch over one guard: passes on what it reports and what the drone wants, kills it if it does not kill in
 //! time, and waits for what it leaves behind.
 
-use super::Want;
 use super::leftovers::{Family, Hunted, KnownGuard, is_of_guard, reap};
 use super::process::update;
 use crate::adopt::{AdoptedProcess, Link, pidfd};
+use crate::backend_state::{Desired, Observation};
 use crate::clock::DroneClock;
 use crate::data_dir::BackendsDir;
 use crate::guard::Report;
-use crate::life::Fact;
 use holdfast_wire::TerminationKind;
 use nix::errno::Errno;
 use nix::sys::signal::kill;
@@ -131,7 +130,7 @@ pub(super) struct Watcher<'a> {
     dirs: &'a BackendsDir,
     pub(super) family: &'a Family,
     pub(super) backend: &'a str,
-    pub(super) facts: &'a mpsc::Sender<Fact>,
+    pub(super) facts: &'a mpsc::Sender<Observation>,
     contained: Contained,
     /// The main process, for its end.
     main: Option<AsyncFd<OwnedFd>>,
@@ -150,7 +149,7 @@ impl<'a> Watcher<'a> {
         dirs: &'a BackendsDir,
         family: &'a Family,
         backend: &'a str,
-        facts: &'a mpsc::Sender<Fact>,
+        facts: &'a mpsc::Sender<Observation>,
     ) -> Self {
         let contained = Contained::Unknown;
         Self {
@@ -169,7 +168,7 @@ impl<'a> Watcher<'a> {
     }
 
     /// Watches until nothing is left.
-    pub(super) async fn watch(mut self, guard: Guard, mut want: watch::Receiver<Want>, mut told: Want) {
+    pub(super) async fn watch(mut self, guard: Guard, mut want: watch::Receiver<Desired>, mut told: Desired) {
         let Guard { mut process, known, input: mut stdin, output, arm_line } = guard;
         self.adopted = matches!(process, GuardProcess::Adopted(_));
         let mut unsent = Unsent::new(arm_line);
@@ -244,7 +243,7 @@ impl<'a> Watcher<'a> {
         drop(known);
         if !self.gone {
             warn!(backend = self.backend, "the guard has died; ending what is left of the backend");
-            tell(self.facts, Fact::Failed).await;
+            tell(self.facts, Observation::Failed).await;
             self.wait_for_the_rest().await;
         }
     }
@@ -297,7 +296,7 @@ impl<'a> Watcher<'a> {
             Report::Ready | Report::SoftDeadline | Report::Killing => {}
             Report::Gone => self.gone = true,
         }
-        if let Some(fact) = Fact::of(&report) {
+        if let Some(fact) = Observation::of(&report) {
             tell(self.facts, fact).await;
         }
     }
@@ -414,7 +413,7 @@ pub(super) fn line(message: &impl serde::Serialize) -> io::Result<Vec<u8>> {
     Ok(line)
 }
 
-pub(super) async fn tell(facts: &mpsc::Sender<Fact>, fact: Fact) {
+pub(super) async fn tell(facts: &mpsc::Sender<Observation>, fact: Observation) {
     // Without a listener the drone is ending; the guard goes on.
     let _ = facts.send(fact).await;
 }

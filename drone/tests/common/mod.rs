@@ -10,8 +10,8 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use futures::{SinkExt, StreamExt};
 use holdfast_wire::drone::{
-    AcquiredKey, Action, ActionMessage, BackendEvent, ControllerHandshake, DroneHandshake, MessageFromDrone,
-    MessageToDrone, RenewKeysRequest, RenewKeysResponse, RenewedKey, VersionInfo,
+    AcquiredKey, Action, ActionMessage, BackendEvent, ControllerHandshake, DroneHandshake, ListedBackend,
+    MessageFromDrone, MessageToDrone, RenewKeysRequest, RenewKeysResponse, RenewedKey, VersionInfo,
 };
 use holdfast_wire::{BackendState, BackendStatus, KeyConfig, LeaseConfig};
 use std::collections::HashMap;
@@ -71,15 +71,19 @@ enum Out {
     Drop,
 }
 
-/// One drone socket, after the drone's handshake.
+/// One drone socket, after the drone's handshake and its list.
 pub struct Conn {
     pub handshake: DroneHandshake,
+    /// What the drone said that it has.
+    pub listed: Vec<ListedBackend>,
     pub path_cluster: String,
     pub pool: String,
     pub lease: LeaseConfig,
     from: UnboundedReceiver<MessageFromDrone>,
     to: UnboundedSender<Out>,
     pub latest_heartbeat: i64,
+    /// The latest notice of activity that the test took.
+    pub activity_id: i64,
     /// Answer every renewal.
     pub renew: bool,
     /// Acknowledge every event.
@@ -126,26 +130,37 @@ async fn talk(
     socket.send(Message::text(serde_json::to_string(&answer).unwrap())).await.unwrap();
     let (sender, from) = unbounded_channel();
     let (to, mut outgoing) = unbounded_channel();
-    let conn = Conn {
+    let mut conn = Some(Conn {
         handshake,
+        listed: Vec::new(),
         path_cluster,
         pool: query.get("pool").cloned().unwrap_or_default(),
         lease: setting.lease,
         from,
         to,
         latest_heartbeat: i64::MIN,
+        activity_id: 0,
         renew: true,
         acknowledge: true,
-    };
-    if shared.conns.send(conn).is_err() {
-        return;
-    }
+    });
     let (mut sink, mut stream) = socket.split();
     loop {
         tokio::select! {
             frame = stream.next() => match frame {
                 Some(Ok(Message::Text(text))) => {
                     let message = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{text}: {e}"));
+                    if let (MessageFromDrone::Backends(page), Some(unlisted)) = (&message, &mut conn) {
+                        unlisted.listed.extend(page.backends.clone());
+                        let ack = serde_json::to_string(&MessageToDrone::AckBackends {}).unwrap();
+                        if sink.send(Message::text(ack)).await.is_err() {
+                            return;
+                        }
+                        // Like a controller: no action is sent before the list has come.
+                        if page.last && conn.take().is_some_and(|conn| shared.conns.send(conn).is_err()) {
+                            return;
+                        }
+                        continue;
+                    }
                     if sender.send(message).is_err() {
                         return;
                     }
@@ -240,6 +255,21 @@ impl Conn {
         }
     }
 
+    /// The next message; nothing once the drone has hung up.
+    pub async fn any_until_gone(&mut self) -> Option<MessageFromDrone> {
+        let message = soon("the drone says something or hangs up", self.from.recv()).await?;
+        self.react(&message);
+        Some(message)
+    }
+
+    /// Waits until an action is acknowledged.
+    pub async fn acknowledged(&mut self, action_id: &str) {
+        self.until("an acknowledgement", |message| {
+            matches!(message, MessageFromDrone::AckAction { action_id: id } if id == action_id).then_some(())
+        })
+        .await;
+    }
+
     fn react(&mut self, message: &MessageFromDrone) {
         match message {
             MessageFromDrone::Heartbeat(heartbeat) => self.latest_heartbeat = heartbeat.local_time,
@@ -332,6 +362,7 @@ impl Conn {
                 token: TOKEN,
             },
             static_token: Some("st".to_owned()),
+            incarnation: None,
         }
     }
 

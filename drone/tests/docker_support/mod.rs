@@ -257,7 +257,11 @@ pub async fn spawn(conn: &mut Conn, backend: &str, executable: Value, key: KeyCo
     }
     let deadlines = conn.lease.deadlines(conn.latest_heartbeat);
     let key = AcquiredKey { key, deadlines, token: TOKEN };
-    conn.act(&format!("spawn-{backend}"), backend, Action::Spawn { executable, key, static_token: None });
+    conn.act(
+        &format!("spawn-{backend}"),
+        backend,
+        Action::Spawn { executable, key, static_token: None, incarnation: None },
+    );
 }
 
 /// Spawns a container and brings it to `waiting`; returns its address.

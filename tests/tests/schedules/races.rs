@@ -288,7 +288,9 @@ async fn restless(mut sim: SimDrone, clock: LocalClock, holders: Arc<Mutex<Holde
                     Some(_) => holders.problems.push(format!("renewed after its end: {answer:?}")),
                 }
             }
-            MessageToDrone::AckDraining {} | MessageToDrone::AckActivity { .. } => {}
+            MessageToDrone::AckDraining {}
+            | MessageToDrone::AckActivity { .. }
+            | MessageToDrone::AckBackends {} => {}
         }
     }
 }

@@ -42,6 +42,10 @@ pub struct DroneHandshake {
     /// Ours: random, one for each start of the drone's process. A Plane drone has none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub incarnation: Option<String>,
+    /// Ours: random, one for each data directory, valid on one machine only. A handshake that gives only one of
+    /// `incarnation` and `data_id` is refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data_id: Option<String>,
 }
 
 /// First frame from the controller.
@@ -70,7 +74,7 @@ pub enum MessageFromDrone {
     RenewKeys(RenewKeysRequest),
     /// A backend's new state; repeated until [`MessageToDrone::AckEvent`].
     BackendEvent(BackendEvent),
-    /// The action was received.
+    /// The action is durable at the drone or carried out. (A Plane drone acknowledges what it received.)
     AckAction {
         /// Which.
         action_id: String,
@@ -81,8 +85,10 @@ pub enum MessageFromDrone {
     /// until [`MessageToDrone::AckDraining`]. It has no fields, and later ones may be added.
     Draining {},
     /// Ours: which backends have open connections, and for how long the others have had none; repeated until
-    /// [`MessageToDrone::AckActivity`].
+    /// [`MessageToDrone::AckActivity`]. Everything is said again in a new session.
     BackendActivity(BackendActivity),
+    /// Ours: a page of the list of all backends of which anything is on the drone's disk.
+    Backends(BackendsPage),
 }
 
 /// See [`MessageFromDrone::Heartbeat`].
@@ -138,10 +144,38 @@ pub struct BackendEvent {
     pub token: Option<u64>,
 }
 
+/// See [`MessageFromDrone::Backends`]. A drone that gives a `data_id` sends its list once in each session, right after
+/// the controller's handshake, one page at a time: it sends the next page when [`MessageToDrone::AckBackends`]
+/// acknowledges the one before. A drone that has nothing sends one empty page with `last`. The list takes effect with the
+/// last page, and only for the session that sent it; the acknowledgement of the last page says that it took effect.
+/// Until then the drone gets no action and no new backend; its renewals and reports are handled meanwhile.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct BackendsPage {
+    /// At most [`crate::limits::BACKENDS_PER_PAGE_MAX`]; at most [`crate::limits::BACKENDS_LISTED_MAX`] in all pages.
+    pub backends: Vec<ListedBackend>,
+    /// Whether this page ends the list.
+    pub last: bool,
+}
+
+/// One backend of [`BackendsPage`]: it runs, or has ended and the report of that is not acknowledged yet, or is not
+/// adopted yet, or its directory is unreadable.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ListedBackend {
+    /// The backend.
+    pub backend: String,
+    /// The fencing token, if the drone knows it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token: Option<u64>,
+    /// The state, if the drone knows it. A `terminated` that is listed is reported as well: only the report frees the key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state: Option<BackendState>,
+}
+
 /// See [`MessageFromDrone::BackendActivity`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct BackendActivity {
-    /// The drone's number for this message; only for the acknowledgement.
+    /// The drone's number for this message: for the acknowledgement, and for the order. It grows for as long as the
+    /// drone's process lives, over all its sessions; the controllers ignore what is older than what they know.
     pub activity_id: i64,
     /// At most [`crate::limits::ACTIVITIES_MAX`].
     pub backends: Vec<ActivityItem>,
@@ -178,11 +212,26 @@ pub enum MessageToDrone {
     RenewKeysResponse(RenewKeysResponse),
     /// Ours: it is recorded durably that the drone is shutting down.
     AckDraining {},
-    /// Ours: the activity is recorded durably, or nobody asked for it.
+    /// Ours: the activity is recorded durably, or it concerns no limit.
     AckActivity {
         /// Which.
         activity_id: i64,
+        /// Idle backends that have a limit. The drone says of each after `in_ms` once more how long it has been idle,
+        /// in a new message and after a new look, if it is idle still. Only such a message ends a backend as idle.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        again: Vec<AskAgain>,
     },
+    /// Ours: the page of the list of backends is taken; with the last page, the list took effect.
+    AckBackends {},
+}
+
+/// One backend of [`MessageToDrone::AckActivity`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AskAgain {
+    /// The backend.
+    pub backend: String,
+    /// After how long, in milliseconds.
+    pub in_ms: u64,
 }
 
 /// See [`MessageToDrone::Action`].
@@ -209,6 +258,9 @@ pub enum Action {
         key: AcquiredKey,
         /// One token for all connections.
         static_token: Option<String>,
+        /// Ours: the incarnation whose clock the deadlines are of. A drone refuses a spawn for another one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        incarnation: Option<String>,
     },
     /// End a backend.
     Terminate {
@@ -313,5 +365,15 @@ mod tests {
             json!({"Action": {"action_id": "ak-1", "backend_id": "ba-1", "drone_id": 1,
                    "action": {"Terminate": {"kind": "hard", "reason": "external"}}}})
         );
+        let ack = MessageToDrone::AckActivity { activity_id: 7, again: Vec::new() };
+        assert_eq!(serde_json::to_value(&ack).unwrap(), json!({"AckActivity": {"activity_id": 7}}));
+        let page: MessageFromDrone = serde_json::from_value(
+            json!({"Backends": {"backends": [{"backend": "ba-1", "state": {"status": "loading"}}], "last": true}}),
+        )
+        .unwrap();
+        let listed =
+            ListedBackend { backend: "ba-1".into(), token: None, state: Some(BackendState::Loading) };
+        assert_eq!(page, MessageFromDrone::Backends(BackendsPage { backends: vec![listed], last: true }));
+        assert_eq!(serde_json::to_value(MessageToDrone::AckBackends {}).unwrap(), json!({"AckBackends": {}}));
     }
 }

@@ -24,6 +24,11 @@ pub const WAIT_MS_DEFAULT: u64 = 30_000;
 pub const RENEW_KEYS_MAX: usize = 4096;
 /// Most backends in one `BackendActivity` message.
 pub const ACTIVITIES_MAX: usize = 1024;
+/// Most backends in one `Backends` message.
+pub const BACKENDS_PER_PAGE_MAX: usize = 1024;
+/// Most backends that a drone lists in one session. Drones of 20,000 backends are supported; the rest is room for what has
+/// ended and is not acknowledged yet.
+pub const BACKENDS_LISTED_MAX: usize = 65_536;
 /// Longest time until the deadline of a drain, in milliseconds: thirty days.
 pub const DRAIN_DEADLINE_MS_MAX: u64 = 30 * 24 * 60 * 60 * 1000;
 /// Rows of a listing that names no limit.

@@ -3,7 +3,7 @@
 //! ```text
 //!   run ──image, create──▶ engine        run ──Arm, Update──▶ guard ──start, kill──▶ engine
 //!    ▲                                    └◀────Report─────────┘└──SIGTERM, SIGKILL──▶ the container's processes
-//!    └──Want, Fact──▶ agent                            sweep ──ends what nobody guards──▶ engine
+//!    └──Desired, Observation──▶ agent                            sweep ──ends what nobody guards──▶ engine
 //! ```
 //!
 //! The drone makes a container, its guard starts it: see [`crate::guard`]. The drone has to run where the engine does:
@@ -33,12 +33,12 @@ pub use labels::Owner;
 
 use super::leftovers::{Family, end_left};
 use super::watcher::{Guard, line, tell};
-use super::{BackendSpec, Runtime, Want, process};
+use super::{BackendSpec, Runtime, process};
 use crate::adopt::Link;
+use crate::backend_state::{Desired, Observation};
 use crate::clock::DroneClock;
 use crate::data_dir::BackendsDir;
 use crate::guard::{Arm, ContainerTarget, GUARD_ARGUMENT};
-use crate::life::Fact;
 use bollard::{API_DEFAULT_VERSION, Docker};
 use create::CreateError;
 use fields::ContainerFields;
@@ -174,24 +174,24 @@ impl DockerRuntime {
     async fn run_backend(
         self,
         spec: BackendSpec,
-        mut want: watch_channel::Receiver<Want>,
-        facts: mpsc::Sender<Fact>,
+        mut want: watch_channel::Receiver<Desired>,
+        facts: mpsc::Sender<Observation>,
     ) {
         let backend = spec.id.clone();
         let watched = self.watch_over(&backend);
         if let Err(e) = self.try_run(spec, &mut want, &facts).await {
             warn!(backend, "not started: {e}");
-            tell(&facts, Fact::Failed).await;
+            tell(&facts, Observation::Failed).await;
         }
         drop(watched);
-        tell(&facts, Fact::Gone).await;
+        tell(&facts, Observation::Gone).await;
     }
 
     async fn try_run(
         &self,
         spec: BackendSpec,
-        want: &mut watch_channel::Receiver<Want>,
-        facts: &mpsc::Sender<Fact>,
+        want: &mut watch_channel::Receiver<Desired>,
+        facts: &mpsc::Sender<Observation>,
     ) -> Result<(), CreateError> {
         let Executable::Docker(docker) = &spec.executable else {
             let problem = "is for a drone that runs processes; this one runs containers";
@@ -233,8 +233,8 @@ impl DockerRuntime {
         self,
         id: String,
         link: Link,
-        want: watch_channel::Receiver<Want>,
-        facts: mpsc::Sender<Fact>,
+        want: watch_channel::Receiver<Desired>,
+        facts: mpsc::Sender<Observation>,
     ) {
         let watched = self.watch_over(&id);
         match link.hello.container.clone() {
@@ -250,11 +250,11 @@ impl DockerRuntime {
                     "its guard holds no container: this drone ran processes before; ending it"
                 );
                 self.clone().end_all_left(id).await;
-                tell(&facts, Fact::Lost).await;
+                tell(&facts, Observation::Lost).await;
             }
         }
         drop(watched);
-        tell(&facts, Fact::Gone).await;
+        tell(&facts, Observation::Gone).await;
     }
 
     /// Ends a backend's guard, and then its containers, for as long as that takes.
@@ -272,14 +272,14 @@ impl DockerRuntime {
         spec: &BackendSpec,
         executable: &DockerExecutable,
         dir: &Path,
-        facts: &mpsc::Sender<Fact>,
+        facts: &mpsc::Sender<Observation>,
     ) -> Result<Option<String>, CreateError> {
         let fields = ContainerFields::check(executable)?;
         let (base, wanted, key) = (self.config.mount_base.clone(), fields.mount.clone(), spec.key.clone());
         let mount = tokio::task::spawn_blocking(move || mount::directory(base.as_deref(), &wanted, &key));
         let mount = mount.await.map_err(io::Error::other)??;
         create::image(&self.docker, &fields).await?;
-        tell(facts, Fact::Starting).await;
+        tell(facts, Observation::Starting).await;
         let permit = permit_in(dir);
         OpenOptions::new().create(true).truncate(true).write(true).open(&permit)?;
         let mount = mount.as_deref();
@@ -287,7 +287,7 @@ impl DockerRuntime {
     }
 
     /// Starts the guard. It does nothing before it has got the line that arms it.
-    fn start_guard(&self, spec: &BackendSpec, target: ContainerTarget, want: Want) -> io::Result<Guard> {
+    fn start_guard(&self, spec: &BackendSpec, target: ContainerTarget, want: Desired) -> io::Result<Guard> {
         let paths = self.dirs.create(&spec.id)?;
         let guard_log = BackendsDir::open_guard_log(&paths)?;
         let arm = Arm {
@@ -322,8 +322,8 @@ impl Runtime for DockerRuntime {
         &self,
         id: String,
         link: Link,
-        want: watch_channel::Receiver<Want>,
-        facts: mpsc::Sender<Fact>,
+        want: watch_channel::Receiver<Desired>,
+        facts: mpsc::Sender<Observation>,
     ) -> BoxFuture<'static, ()> {
         Box::pin(self.clone().watch_adopted(id, link, want, facts))
     }
@@ -335,15 +335,15 @@ impl Runtime for DockerRuntime {
     fn run(
         &self,
         spec: BackendSpec,
-        want: watch_channel::Receiver<Want>,
-        facts: mpsc::Sender<Fact>,
+        want: watch_channel::Receiver<Desired>,
+        facts: mpsc::Sender<Observation>,
     ) -> BoxFuture<'static, ()> {
         Box::pin(self.clone().run_backend(spec, want, facts))
     }
 }
 
 /// Waits until an end is wanted; for ever if nobody can want one any more.
-async fn ended(want: &mut watch_channel::Receiver<Want>) {
+async fn ended(want: &mut watch_channel::Receiver<Desired>) {
     if want.wait_for(|want| want.end.is_some()).await.is_err() {
         std::future::pending::<()>().await;
     }

@@ -5,9 +5,8 @@ use super::DockerRuntime;
 use super::end;
 use super::stats::{self, Counters, METRICS_FIRST, METRICS_INTERVAL};
 use crate::activity::Place;
+use crate::backend_state::{Desired, Observation};
 use crate::guard::Report;
-use crate::life::Fact;
-use crate::runtime::Want;
 use crate::runtime::process::update;
 use crate::runtime::watcher::{Guard, GuardProcess, Unsent, line, patience, tell};
 use bollard::models::ContainerStatsResponse;
@@ -25,7 +24,7 @@ pub(super) struct Watch<'a> {
     backend: &'a str,
     container: &'a str,
     permit: &'a Path,
-    facts: &'a mpsc::Sender<Fact>,
+    facts: &'a mpsc::Sender<Observation>,
     running: bool,
     exited: bool,
     gone: bool,
@@ -39,7 +38,7 @@ impl<'a> Watch<'a> {
         backend: &'a str,
         container: &'a str,
         permit: &'a Path,
-        facts: &'a mpsc::Sender<Fact>,
+        facts: &'a mpsc::Sender<Observation>,
     ) -> Self {
         Self {
             runtime,
@@ -55,7 +54,7 @@ impl<'a> Watch<'a> {
     }
 
     /// Watches until nothing is left.
-    pub(super) async fn watch(mut self, guard: Guard, mut want: watch::Receiver<Want>, mut told: Want) {
+    pub(super) async fn watch(mut self, guard: Guard, mut want: watch::Receiver<Desired>, mut told: Desired) {
         let Guard { process: mut guard, known, input: mut stdin, output, arm_line } = guard;
         let mut unsent = Unsent::new(arm_line);
         // What is wanted by now is not in `unsent`. Only the latest counts.
@@ -133,7 +132,7 @@ impl<'a> Watch<'a> {
         wait(&mut guard, self.backend).await;
         drop(known);
         if !self.exited {
-            tell(self.facts, Fact::Failed).await;
+            tell(self.facts, Observation::Failed).await;
         }
         end::end(&self.runtime.docker, self.container, self.permit).await;
         self.runtime.family.reap();
@@ -155,23 +154,23 @@ impl<'a> Watch<'a> {
                 if pid > 0 {
                     // Connections from elsewhere come by the kernel's address translation, and are in its tables alone.
                     let place = Place { pid: Some(pid), port: super::create::CONTAINER_PORT };
-                    tell(self.facts, Fact::ConnectionsAt(place)).await;
+                    tell(self.facts, Observation::ConnectionsAt(place)).await;
                 }
-                tell(self.facts, Fact::Started).await;
+                tell(self.facts, Observation::Started).await;
             }
             Report::NotStarted { late, problem } => {
                 warn!(backend, late, "not started: {problem}");
                 self.running = false;
-                tell(self.facts, if late { Fact::StartedTooLate } else { Fact::Failed }).await;
+                tell(self.facts, if late { Observation::StartedTooLate } else { Observation::Failed }).await;
             }
-            Report::Ready => tell(self.facts, Fact::Ready).await,
-            Report::SoftDeadline => tell(self.facts, Fact::SoftDeadline).await,
-            Report::Killing => tell(self.facts, Fact::Killing).await,
+            Report::Ready => tell(self.facts, Observation::Ready).await,
+            Report::SoftDeadline => tell(self.facts, Observation::SoftDeadline).await,
+            Report::Killing => tell(self.facts, Observation::Killing).await,
             Report::Exited { code, .. } => {
                 info!(backend, container = self.container, code, "the container has ended");
                 self.running = false;
                 self.exited = true;
-                tell(self.facts, Fact::Exited(code)).await;
+                tell(self.facts, Observation::Exited(code)).await;
             }
             Report::Gone => self.gone = true,
             // Of processes' guards.
@@ -191,7 +190,7 @@ impl<'a> Watch<'a> {
         }
         // Figures that there is no room for are told by the next ones.
         if let Ok(metrics) = serde_json::to_value(metrics) {
-            let _ = self.facts.try_send(Fact::Metrics(metrics));
+            let _ = self.facts.try_send(Observation::Metrics(metrics));
         }
     }
 }

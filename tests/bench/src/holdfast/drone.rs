@@ -160,6 +160,7 @@ async fn handshake(
         version: VersionInfo::current(),
         name: identity.name.clone(),
         incarnation: Some(identity.incarnation.clone()),
+        data_id: None,
     };
     let hello = serde_json::to_string(&hello).during("a handshake")?;
     socket.send(Message::Text(hello.into())).await.during("a handshake")?;

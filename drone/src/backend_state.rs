@@ -1,20 +1,39 @@
-//! The life of one backend as the drone reports it. Pure: facts from the runtime and decisions to end it go in, the
-//! states to report and what the guard must do come out.
+//! One backend's states as the drone reports them. Pure: observations of the runtime and decisions to end the backend go
+//! in, the states to report and what the guard must do come out.
 //!
 //! Invariants:
 //!
 //! 1. Reported states only go forward in the order of [`BackendStatus`], each at most once.
-//! 2. `terminated` is reported only on [`Fact::Gone`]: nothing of the backend is left.
+//! 2. `terminated` is reported only on [`Observation::Gone`]: nothing of the backend is left.
 //! 3. An end that has begun is never taken back; it can only turn from soft to hard.
 
 use crate::activity::Place;
 use crate::guard::Report;
-use holdfast_wire::{BackendState, BackendStatus, TerminationKind, TerminationReason};
+use holdfast_wire::{BackendState, BackendStatus, Deadlines, TerminationKind, TerminationReason};
 use std::net::SocketAddr;
+
+/// What the drone wants of a backend by now. Only the latest counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Desired {
+    /// The deadlines that stand, in drone time.
+    pub deadlines: Deadlines,
+    /// An end that has begun. It is not taken back.
+    pub end: Option<TerminationKind>,
+    /// When the grace of a soft end is over, in drone time; never later than the hard deadline.
+    pub kill_at: i64,
+    /// Time allowed for a kill to take effect, in milliseconds: the lease's, counted from the hard deadline.
+    pub kill_ms: u64,
+    /// The lease's expiry, in milliseconds: no deadline lies further ahead.
+    pub expiry_ms: u64,
+    /// It has answered HTTP.
+    pub ready: bool,
+    /// How often the end was asked for. Each time it is delivered to the guard again, which may have missed it.
+    pub deliveries: u64,
+}
 
 /// What a runtime, or the watch over a backend, has found out.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Fact {
+pub enum Observation {
     /// What it needs is there; it is being started.
     Starting,
     /// It runs; it does not answer yet.
@@ -33,7 +52,7 @@ pub enum Fact {
     Killing,
     /// Its main process has ended; no code if a signal ended it.
     Exited(Option<i32>),
-    /// Nothing of it is left, and nobody has seen its end: the machine was started anew, or its guard was killed.
+    /// Nothing of it is left, and its end was not seen: the machine was started again, or its guard was killed.
     Lost,
     /// Where its connections are seen, if not at its port on this machine.
     ConnectionsAt(Place),
@@ -43,7 +62,7 @@ pub enum Fact {
     Gone,
 }
 
-impl Fact {
+impl Observation {
     /// What a guard's report says of the backend, if anything. That nothing of it is left is a fact only once its guard has
     /// ended too.
     pub fn of(report: &Report) -> Option<Self> {
@@ -60,9 +79,9 @@ impl Fact {
     }
 }
 
-/// What has to be done after an input.
+/// What follows from an observation or a decision.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Effects {
+pub struct Changes {
     /// States to report, in order.
     pub states: Vec<BackendState>,
     /// The guard must begin this kind of end.
@@ -76,9 +95,9 @@ struct End {
     reason: TerminationReason,
 }
 
-/// See the module.
+/// The states of one backend, from `scheduled` to `terminated`.
 #[derive(Debug)]
-pub struct Life {
+pub struct Lifecycle {
     address: SocketAddr,
     /// The latest that was reported.
     status: BackendStatus,
@@ -87,11 +106,11 @@ pub struct Life {
     end: Option<End>,
     exited: bool,
     exit_code: Option<i32>,
-    /// Why it ended, where nobody decided to end it.
+    /// Why it ended, if no one decided to end it.
     failure: Option<TerminationReason>,
 }
 
-impl Life {
+impl Lifecycle {
     /// A backend that was scheduled here, to answer at `address`.
     pub fn new(address: SocketAddr) -> Self {
         Self {
@@ -106,62 +125,62 @@ impl Life {
     }
 
     /// The drone has taken it on.
-    pub fn begin(&mut self) -> Effects {
-        let mut effects = Effects::default();
-        self.advance(BackendState::Loading, &mut effects);
-        effects
+    pub fn begin(&mut self) -> Changes {
+        let mut changes = Changes::default();
+        self.advance(BackendState::Loading, &mut changes);
+        changes
     }
 
     /// The runtime has found something out.
-    pub fn learn(&mut self, fact: Fact) -> Effects {
-        let mut effects = Effects::default();
+    pub fn learn(&mut self, observation: Observation) -> Changes {
+        let mut changes = Changes::default();
         let address = self.address;
-        match fact {
-            Fact::Starting => self.advance(BackendState::Starting, &mut effects),
-            Fact::Started => self.advance(BackendState::Waiting { address }, &mut effects),
-            Fact::Ready if !self.exited => self.advance(BackendState::Ready { address }, &mut effects),
-            Fact::Ready => {}
-            Fact::StartupTimeout if !self.exited => {
+        match observation {
+            Observation::Starting => self.advance(BackendState::Starting, &mut changes),
+            Observation::Started => self.advance(BackendState::Waiting { address }, &mut changes),
+            Observation::Ready if !self.exited => self.advance(BackendState::Ready { address }, &mut changes),
+            Observation::Ready => {}
+            Observation::StartupTimeout if !self.exited => {
                 return self.end(TerminationKind::Soft, TerminationReason::StartupTimeout);
             }
-            Fact::StartupTimeout => {}
-            Fact::StartedTooLate => self.failure = Some(TerminationReason::KeyExpired),
-            Fact::Failed => self.failure = Some(TerminationReason::InternalError),
-            Fact::SoftDeadline if !self.exited => {
+            Observation::StartupTimeout => {}
+            Observation::StartedTooLate => self.failure = Some(TerminationReason::KeyExpired),
+            Observation::Failed => self.failure = Some(TerminationReason::InternalError),
+            Observation::SoftDeadline if !self.exited => {
                 return self.end(TerminationKind::Soft, TerminationReason::KeyExpired);
             }
-            Fact::SoftDeadline => {}
+            Observation::SoftDeadline => {}
             // What remains of a backend that has ended by itself is killed too; that is not an end of ours.
-            Fact::Killing if self.exited && self.end.is_none() => {}
-            Fact::Killing => {
+            Observation::Killing if self.exited && self.end.is_none() => {}
+            Observation::Killing => {
                 let reason = self.end.map_or(TerminationReason::KeyExpired, |end| end.reason);
                 return self.end(TerminationKind::Hard, reason);
             }
-            Fact::Lost => self.failure = Some(TerminationReason::Lost),
-            // No part of a life.
-            Fact::Metrics(_) | Fact::ConnectionsAt(_) => {}
-            Fact::Exited(code) => {
+            Observation::Lost => self.failure = Some(TerminationReason::Lost),
+            // No change of state.
+            Observation::Metrics(_) | Observation::ConnectionsAt(_) => {}
+            Observation::Exited(code) => {
                 self.exited = true;
                 self.exit_code = code;
             }
-            Fact::Gone => {
+            Observation::Gone => {
                 let terminated = BackendState::Terminated {
                     last_status: self.status_alive,
                     termination: self.end.map(|end| end.kind),
                     reason: self.end.map(|end| end.reason).or(self.failure),
                     exit_code: self.exit_code,
                 };
-                self.advance(terminated, &mut effects);
+                self.advance(terminated, &mut changes);
             }
         }
-        effects
+        changes
     }
 
-    /// Somebody decided to end it.
-    pub fn end(&mut self, kind: TerminationKind, reason: TerminationReason) -> Effects {
-        let mut effects = Effects::default();
+    /// It was decided to end it.
+    pub fn end(&mut self, kind: TerminationKind, reason: TerminationReason) -> Changes {
+        let mut changes = Changes::default();
         if self.is_over() {
-            return effects;
+            return changes;
         }
         let first = self.end.is_none();
         let last_status = self.status_alive;
@@ -171,25 +190,30 @@ impl Life {
                 self.end = Some(End { kind, reason: first });
             }
             // Already being ended as firmly as that.
-            (Some(_), _) => return effects,
+            (Some(_), _) => return changes,
         }
-        effects.end = Some(kind);
+        changes.end = Some(kind);
         match kind {
             TerminationKind::Soft => {
                 assert!(first, "only the first end can be soft");
                 let state = BackendState::Terminating { last_status, termination: kind, reason };
-                self.advance(state, &mut effects);
+                self.advance(state, &mut changes);
             }
             TerminationKind::Hard => {
-                self.advance(BackendState::HardTerminating { last_status, reason }, &mut effects);
+                self.advance(BackendState::HardTerminating { last_status, reason }, &mut changes);
             }
         }
-        effects
+        changes
     }
 
-    /// Whether an end has begun.
-    pub fn is_ending(&self) -> bool {
-        self.end.is_some()
+    /// The end that has begun.
+    pub fn end_kind(&self) -> Option<TerminationKind> {
+        self.end.map(|end| end.kind)
+    }
+
+    /// Why the first end was begun.
+    pub fn end_reason(&self) -> Option<TerminationReason> {
+        self.end.map(|end| end.reason)
     }
 
     /// Whether `terminated` was reported.
@@ -197,7 +221,7 @@ impl Life {
         self.status == BackendStatus::Terminated
     }
 
-    fn advance(&mut self, state: BackendState, effects: &mut Effects) {
+    fn advance(&mut self, state: BackendState, changes: &mut Changes) {
         let status = state.status();
         if status <= self.status {
             return;
@@ -206,7 +230,7 @@ impl Life {
         if status < BackendStatus::Terminating {
             self.status_alive = status;
         }
-        effects.states.push(state);
+        changes.states.push(state);
     }
 }
 
@@ -229,10 +253,10 @@ mod tests {
         BackendState::Terminated { last_status, termination, reason, exit_code }
     }
 
-    fn ready() -> Life {
-        let mut life = Life::new(address());
+    fn ready() -> Lifecycle {
+        let mut life = Lifecycle::new(address());
         life.begin();
-        for fact in [Fact::Starting, Fact::Started, Fact::Ready] {
+        for fact in [Observation::Starting, Observation::Started, Observation::Ready] {
             life.learn(fact);
         }
         assert_eq!(life.status, BackendStatus::Ready);
@@ -241,23 +265,23 @@ mod tests {
 
     #[test]
     fn a_backend_that_ends_by_itself_goes_through_every_state_once() {
-        let mut life = Life::new(address());
+        let mut life = Lifecycle::new(address());
         let mut states = life.begin().states;
         let facts = [
-            Fact::Starting,
-            Fact::Starting,
-            Fact::Started,
-            Fact::Ready,
-            Fact::Started,
-            Fact::Exited(Some(3)),
-            Fact::Killing,
-            Fact::Gone,
-            Fact::Gone,
+            Observation::Starting,
+            Observation::Starting,
+            Observation::Started,
+            Observation::Ready,
+            Observation::Started,
+            Observation::Exited(Some(3)),
+            Observation::Killing,
+            Observation::Gone,
+            Observation::Gone,
         ];
         for fact in facts {
-            let effects = life.learn(fact);
-            assert_eq!(effects.end, None);
-            states.extend(effects.states);
+            let changes = life.learn(fact);
+            assert_eq!(changes.end, None);
+            states.extend(changes.states);
         }
         assert_eq!(
             states,
@@ -285,9 +309,9 @@ mod tests {
         let hard = life.end(Hard, KeyExpired);
         assert_eq!(hard.end, Some(Hard));
         assert_eq!(hard.states, [BackendState::HardTerminating { last_status, reason: KeyExpired }]);
-        life.learn(Fact::Exited(None));
+        life.learn(Observation::Exited(None));
         assert_eq!(
-            life.learn(Fact::Gone).states,
+            life.learn(Observation::Gone).states,
             [terminated(last_status, Some(Hard), Some(External), None)]
         );
     }
@@ -296,12 +320,12 @@ mod tests {
     fn an_end_is_neither_repeated_nor_taken_back() {
         let mut life = ready();
         life.end(Hard, External);
-        assert_eq!(life.end(Soft, KeyExpired), Effects::default());
-        assert_eq!(life.end(Hard, KeyExpired), Effects::default());
-        assert_eq!(life.learn(Fact::Killing), Effects::default());
-        assert_eq!(life.learn(Fact::SoftDeadline), Effects::default());
-        life.learn(Fact::Gone);
-        assert_eq!(life.end(Hard, External), Effects::default());
+        assert_eq!(life.end(Soft, KeyExpired), Changes::default());
+        assert_eq!(life.end(Hard, KeyExpired), Changes::default());
+        assert_eq!(life.learn(Observation::Killing), Changes::default());
+        assert_eq!(life.learn(Observation::SoftDeadline), Changes::default());
+        life.learn(Observation::Gone);
+        assert_eq!(life.end(Hard, External), Changes::default());
     }
 
     #[test]
@@ -309,46 +333,48 @@ mod tests {
         let mut life = ready();
         let last_status = BackendStatus::Ready;
         assert_eq!(
-            life.learn(Fact::SoftDeadline).states,
+            life.learn(Observation::SoftDeadline).states,
             [BackendState::Terminating { last_status, termination: Soft, reason: KeyExpired }]
         );
         assert_eq!(
-            life.learn(Fact::Killing).states,
+            life.learn(Observation::Killing).states,
             [BackendState::HardTerminating { last_status, reason: KeyExpired }]
         );
     }
 
     #[test]
     fn ready_after_the_end_began_is_not_reported() {
-        let mut life = Life::new(address());
+        let mut life = Lifecycle::new(address());
         life.begin();
-        life.learn(Fact::Starting);
-        life.learn(Fact::Started);
+        life.learn(Observation::Starting);
+        life.learn(Observation::Started);
         life.end(Soft, External);
-        assert_eq!(life.learn(Fact::Ready), Effects::default());
+        assert_eq!(life.learn(Observation::Ready), Changes::default());
     }
 
     #[test]
     fn a_startup_timeout_ends_it_softly() {
-        let mut life = Life::new(address());
+        let mut life = Lifecycle::new(address());
         life.begin();
-        life.learn(Fact::Started);
-        assert_eq!(life.learn(Fact::StartupTimeout).end, Some(Soft));
-        life.learn(Fact::Exited(Some(0)));
+        life.learn(Observation::Started);
+        assert_eq!(life.learn(Observation::StartupTimeout).end, Some(Soft));
+        life.learn(Observation::Exited(Some(0)));
         assert_eq!(
-            life.learn(Fact::Gone).states,
+            life.learn(Observation::Gone).states,
             [terminated(BackendStatus::Waiting, Some(Soft), Some(StartupTimeout), Some(0))]
         );
     }
 
     #[test]
     fn a_backend_that_was_never_started_says_why() {
-        for (fact, reason) in [(Fact::StartedTooLate, KeyExpired), (Fact::Failed, InternalError)] {
-            let mut life = Life::new(address());
+        for (fact, reason) in
+            [(Observation::StartedTooLate, KeyExpired), (Observation::Failed, InternalError)]
+        {
+            let mut life = Lifecycle::new(address());
             life.begin();
             life.learn(fact);
             assert_eq!(
-                life.learn(Fact::Gone).states,
+                life.learn(Observation::Gone).states,
                 [terminated(BackendStatus::Loading, None, Some(reason), None)]
             );
         }
