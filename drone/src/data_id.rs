@@ -87,17 +87,17 @@ fn judge(stored: &Stored, machine: &Machine) -> DataId {
 }
 
 /// The data id of a directory that this process has locked; a new one if the stored one is not valid here. `new` is drawn
-/// by the caller. It is durable before this returns.
+/// by the caller. It is durable before this returns. What is stored already is not written again: a drone whose disk is
+/// full is replaced all the same.
 pub fn of_directory(dir: &Path, machine: &Machine, new: String) -> io::Result<DataId> {
-    let mut found = match read(&dir.join(FILE)) {
-        Ok(Some(stored)) => judge(&stored, machine),
-        Ok(None) => DataId { id: String::new(), same_machine: false },
-        Err(e) => {
-            warn!("the data id cannot be read, so this data directory gets a new one: {e}");
-            DataId { id: String::new(), same_machine: false }
-        }
-    };
-    if found.id.is_empty() {
+    let before = read(&dir.join(FILE)).unwrap_or_else(|e| {
+        warn!("the data id cannot be read, so this data directory gets a new one: {e}");
+        None
+    });
+    let unknown = || DataId { id: String::new(), same_machine: false };
+    let mut found = before.as_ref().map_or_else(unknown, |before| judge(before, machine));
+    let is_new = found.id.is_empty();
+    if is_new {
         info!(data_id = new, certain = machine.is_certain(), "this data directory gets a new data id");
         found.id = new;
     }
@@ -107,7 +107,14 @@ pub fn of_directory(dir: &Path, machine: &Machine, new: String) -> io::Result<Da
         product_uuid: machine.product_uuid.clone(),
         boot_id: machine.boot_id.clone(),
     };
-    write(dir, &stored)?;
+    if before.as_ref() == Some(&stored) {
+        return Ok(found);
+    }
+    match write(dir, &stored) {
+        // The id is there and stays valid; only the boot is another one.
+        Err(e) if !is_new => warn!("this boot is not noted beside the data id: {e}"),
+        written => written?,
+    }
     Ok(found)
 }
 
@@ -189,6 +196,21 @@ mod tests {
             let second = Machine { boot_id: "boot-2".into(), ..first.clone() };
             assert_eq!(moved(&first, &second), DataId { id: "new".into(), same_machine: false });
         }
+    }
+
+    #[test]
+    fn a_known_directory_that_cannot_be_written_keeps_its_data_id() {
+        let dir = tempfile::tempdir().unwrap();
+        let here = machine(Some("m"), Some("u"), "boot-1");
+        of_directory(dir.path(), &here, "old".into()).unwrap();
+        // As on a full disk.
+        fs::create_dir(dir.path().join("data_id.new")).unwrap();
+        for boot in ["boot-1", "boot-2"] {
+            let here = Machine { boot_id: boot.into(), ..here.clone() };
+            assert_eq!(of_directory(dir.path(), &here, "new".into()).unwrap().id, "old", "{boot}");
+        }
+        let elsewhere = machine(Some("m2"), Some("u"), "boot-1");
+        of_directory(dir.path(), &elsewhere, "new".into()).unwrap_err();
     }
 
     #[test]
