@@ -157,11 +157,7 @@ fn look(holder: Option<Holder>, tag: &str) -> Look {
     match holder {
         None => Look::Free,
         Some(holder) if holder.key.tag != tag => Look::OtherTag(holder.key.tag),
-        Some(holder)
-            if holder.termination_asked.is_some() || holder.state.status() >= BackendStatus::Terminating =>
-        {
-            Look::Leaving(Box::new(holder))
-        }
+        Some(holder) if holder.is_waited_for => Look::Leaving(Box::new(holder)),
         Some(holder) => Look::Same(Box::new(holder)),
     }
 }
@@ -196,7 +192,7 @@ pub async fn connect(
 ) -> Result<Connected, Failure> {
     let plan = Plan::new(request, app.settings.default_cluster.as_deref())?;
     let deadline = Instant::now() + plan.wait;
-    let mut watch: Option<Watch> = None;
+    let mut watch: Option<[Watch; 2]> = None;
     loop {
         match round(app, &plan, idempotency.as_ref()).await? {
             Step::Done { holder, spawned, now_ms, replayed } => {
@@ -207,7 +203,11 @@ pub async fn connect(
             }
             Step::Leaving(holder) => match &mut watch {
                 // The watch must begin before the look that it waits on: look once more.
-                None => watch = Some(app.hub.watch(plan.topic())),
+                None => {
+                    // A backend that its drone may not have can also turn out to be there.
+                    let backend = Topic::Backend(holder.backend_id.clone());
+                    watch = Some([app.hub.watch(plan.topic()), app.hub.watch(backend)]);
+                }
                 Some(watch) => wait(app, watch, deadline, &holder).await?,
             },
         }
@@ -215,10 +215,17 @@ pub async fn connect(
 }
 
 /// Waits until the key may have been freed.
-async fn wait(app: &App, watch: &mut Watch, deadline: Instant, holder: &Holder) -> Result<(), Failure> {
+async fn wait(
+    app: &App,
+    [key, backend]: &mut [Watch; 2],
+    deadline: Instant,
+    holder: &Holder,
+) -> Result<(), Failure> {
     let _place = app.wait_for_key()?;
     tokio::select! {
-        woken = tokio::time::timeout_at(deadline, watch.changed()) => woken.map_err(|_| still_held(holder)),
+        () = key.changed() => Ok(()),
+        () = backend.changed() => Ok(()),
+        () = tokio::time::sleep_until(deadline) => Err(still_held(holder)),
         () = app.stopping.cancelled() => Err(Failure::stopping()),
     }
 }
@@ -230,7 +237,11 @@ fn still_held(holder: &Holder) -> Failure {
             "the key is still held by backend {}, which is going away ({}{})",
             holder.backend_id,
             holder.state.status(),
-            if holder.termination_asked.is_some() { ", its end was asked for" } else { "" },
+            match holder.termination_asked {
+                Some(_) => ", its end was asked for",
+                None if holder.state.status() < BackendStatus::Terminating => ", its drone does not have it",
+                None => "",
+            },
         ),
     )
 }
@@ -395,6 +406,7 @@ mod tests {
 
     fn holder(tag: &str, state: BackendState) -> Holder {
         Holder {
+            is_waited_for: state.status() >= BackendStatus::Terminating,
             key: KeyConfig { name: "k".into(), namespace: String::new(), tag: tag.into() },
             backend_id: "ba-1".into(),
             cluster: "c.example".into(),
@@ -418,7 +430,7 @@ mod tests {
         let ready = holder("t", BackendState::Ready { address: "127.0.0.1:1".parse().unwrap() });
         assert_eq!(look(Some(ready.clone()), "t"), Look::Same(Box::new(ready.clone())));
         assert_eq!(look(Some(ready.clone()), "u"), Look::OtherTag("t".into()));
-        let asked = Holder { termination_asked: Some(TerminationKind::Soft), ..ready };
+        let asked = Holder { termination_asked: Some(TerminationKind::Soft), is_waited_for: true, ..ready };
         assert_eq!(look(Some(asked.clone()), "t"), Look::Leaving(Box::new(asked)));
         let killed = holder(
             "t",

@@ -16,9 +16,7 @@ use tokio::time::Instant;
 /// How long a list of drones is used before the state is looked at again, and the shortest time between two looks. Far
 /// below any sensible half of `renew`.
 const LIST_VALID: Duration = Duration::from_millis(100);
-/// Drones per scan.
-const SCAN_DRONES: usize = 1000;
-/// Drones that one list looks at. Of more than that, the next list looks at the next ones.
+/// Drones that one list looks at: some of those that were heard of lately, however many others there are.
 const LIST_DRONES_MAX: usize = 20_000;
 
 /// Drones that could take a backend as of some moment, by (cluster, pool).
@@ -48,42 +46,12 @@ impl DroneList {
         Self { pools }
     }
 
-    /// Reads up to `drones_max` drones with ids above `after`, then from the beginning up to it. Also gives the `after` of
-    /// the next list. Nothing is eligible before the cluster is formed.
-    fn read<R: ReadState>(
-        view: &View<R>,
-        now_ms: u64,
-        after: i32,
-        drones_max: usize,
-    ) -> Result<(Self, i32), StateError> {
-        let Some(cluster) = view.cluster()? else { return Ok((Self::default(), 0)) };
-        let mut all = Vec::new();
-        let mut last = after;
-        let mut wrapped = after <= 0;
-        while all.len() < drones_max {
-            let limit = SCAN_DRONES.min(drones_max - all.len());
-            let mut page = view.drones(last, limit)?;
-            let mut ended = page.len() < limit;
-            if wrapped && after > 0 {
-                // Those above were looked at first.
-                page.retain(|(drone_id, _)| *drone_id <= after);
-                ended |= page.len() < limit;
-            }
-            if let Some((drone_id, _)) = page.last() {
-                last = *drone_id;
-            }
-            all.extend(page);
-            if ended && wrapped {
-                // All of them: the next list begins at the beginning again.
-                return Ok((Self::collect(all.into_iter(), now_ms, cluster.lease.renew_ms), 0));
-            }
-            if ended {
-                wrapped = true;
-                last = 0;
-            }
-        }
-        tracing::debug!(drones_max, last, "there are more drones than one list looks at");
-        Ok((Self::collect(all.into_iter(), now_ms, cluster.lease.renew_ms), last))
+    /// Reads the drones that were heard of lately, up to `drones_max`. Nothing is eligible before the cluster is formed.
+    fn read<R: ReadState>(view: &View<R>, now_ms: u64, drones_max: usize) -> Result<Self, StateError> {
+        let Some(cluster) = view.cluster()? else { return Ok(Self::default()) };
+        let renew_ms = cluster.lease.renew_ms;
+        let drones = view.drones_heard(now_ms.saturating_sub(renew_ms / 2), drones_max)?;
+        Ok(Self::collect(drones.into_iter(), now_ms, renew_ms))
     }
 
     /// Up to [`CANDIDATES_MAX`] different drones of that cluster and pool, at random. Those heard of in `term` are
@@ -109,8 +77,6 @@ struct Known {
     /// When the reading began: the list is not older.
     at: Instant,
     list: Arc<DroneList>,
-    /// Where the next list begins.
-    after: i32,
 }
 
 /// The last list that was read. It is read when somebody asks, never more often than every [`LIST_VALID`], and not on the
@@ -145,7 +111,7 @@ impl DroneCache {
         match self.known() {
             // Somebody has just read it.
             Some(known) if valid(&known) => Ok(known.list),
-            known => self.read(&reading, state(), known.map_or(0, |known| known.after)).await,
+            _ => self.read(&reading, state()).await,
         }
     }
 
@@ -164,23 +130,21 @@ impl DroneCache {
             }
             tokio::time::sleep_until(known.at + LIST_VALID).await;
         }
-        self.read(&reading, state, known.map_or(0, |known| known.after)).await
+        self.read(&reading, state).await
     }
 
     async fn read<R: ReadState + Send + 'static>(
         &self,
         _reading: &MutexGuard<'_, ()>,
         (view, now_ms): (View<R>, u64),
-        after: i32,
     ) -> Result<Arc<DroneList>, StateError> {
         let at = Instant::now();
-        let read =
-            tokio::task::spawn_blocking(move || DroneList::read(&view, now_ms, after, LIST_DRONES_MAX));
-        let (list, after) =
+        let read = tokio::task::spawn_blocking(move || DroneList::read(&view, now_ms, LIST_DRONES_MAX));
+        let list =
             read.await.unwrap_or_else(|error| Err(StateError::Read(format!("the drones: {error}"))))?;
         let list = Arc::new(list);
         *self.known.write().unwrap_or_else(PoisonError::into_inner) =
-            Some(Known { at, list: Arc::clone(&list), after });
+            Some(Known { at, list: Arc::clone(&list) });
         Ok(list)
     }
 }
@@ -200,7 +164,11 @@ mod tests {
             name: "dr-a".into(),
             pool: pool.into(),
             incarnation: "i".into(),
+            data_id: Some("m".into()),
             session: "s".into(),
+            address: String::new(),
+            registered_index: 1,
+            is_listed: true,
             controller: 1,
             version: String::new(),
             git_hash: String::new(),
@@ -214,6 +182,7 @@ mod tests {
             }),
             drain_deadline_ms: None,
             leaving: false,
+            heard_filed_at_ms: None,
         }
     }
 
@@ -228,8 +197,8 @@ mod tests {
         let mut writes = Writes::new();
         writes.insert((Table::Meta, keys::CLUSTER.to_vec()), Some(encode(&cluster)));
         for id in 1..=count {
-            writes
-                .insert((Table::Drones, keys::drone(id).to_vec()), Some(encode(&drone("", Some(90), false))));
+            writes.insert((Table::Drones, keys::drone(id)), Some(encode(&drone("", Some(90), false))));
+            writes.insert((Table::DronesHeard, keys::timed(90, &keys::drone(id))), Some(Vec::new()));
         }
         let mut state = MemState::default();
         state.commit(writes);
@@ -259,22 +228,25 @@ mod tests {
         }
     }
 
+    /// Drones 1 to 25,000 have been silent for an hour, the last one has not.
     #[test]
-    fn a_list_looks_at_a_bounded_number_of_drones_and_the_next_one_goes_on() {
-        let view = View(state(5));
-        let read = |after, drones_max| {
-            let (list, next) = DroneList::read(&view, 100, after, drones_max).unwrap();
-            let fit = list.pools.into_values().flatten();
-            (fit.map(|fit| fit.drone_id).collect::<Vec<_>>(), next)
-        };
-        assert_eq!(read(0, 2), (vec![1, 2], 2));
-        assert_eq!(read(2, 2), (vec![3, 4], 4));
-        assert_eq!(read(4, 2), (vec![5, 1], 1));
-        assert_eq!(read(4, 4), (vec![5, 1, 2, 3], 3));
-        assert_eq!(read(3, 9), (vec![4, 5, 1, 2, 3], 0));
-        assert_eq!(read(0, 5).0, [1, 2, 3, 4, 5]);
-        assert_eq!(read(77, 9).0, [1, 2, 3, 4, 5]);
-        assert_eq!(DroneList::read(&View(MemState::default()), 100, 0, 9).unwrap().1, 0);
+    fn drones_that_are_silent_cost_nothing_and_hide_no_other() {
+        const SILENT: i32 = 25_000;
+        let now_ms = 3_600_000;
+        let mut state = state(SILENT);
+        let mut writes = Writes::new();
+        let live = encode(&drone("", Some(now_ms - 1000), false));
+        writes.insert((Table::Drones, keys::drone(SILENT + 1)), Some(live));
+        let heard = keys::timed(now_ms - 1000, &keys::drone(SILENT + 1));
+        writes.insert((Table::DronesHeard, heard), Some(Vec::new()));
+        state.commit(writes);
+        let view = View(state);
+        let list = DroneList::read(&view, now_ms, 1).unwrap();
+        for _ in 0..100 {
+            assert_eq!(list.pick("c:1", "", None, &mut rand::rng()), [SILENT + 1]);
+        }
+        let early = DroneList::read(&View(MemState::default()), 100, 9).unwrap();
+        assert!(early.pools.is_empty(), "the cluster is not formed");
     }
 
     #[tokio::test]
@@ -311,6 +283,7 @@ mod tests {
             (4, drone("gpu", Some(90), false)),
             (5, drone("", Some(10), false)),
             (6, DroneRecord { leaving: true, ..drone("", Some(90), false) }),
+            (7, DroneRecord { is_listed: false, ..drone("", Some(90), false) }),
         ];
         let list = DroneList::collect(drones.into_iter(), 100, 100);
         let mut rng = rand::rng();

@@ -116,9 +116,10 @@ pub async fn serve_on(
             tracing::debug!(%error, "TCP_NODELAY can't be set");
         }
     });
-    let server = axum::serve(listener, http::router(app.clone()))
-        .with_graceful_shutdown(stopping.clone().cancelled_owned())
-        .into_future();
+    let server =
+        axum::serve(listener, http::router(app.clone()).into_make_service_with_connect_info::<SocketAddr>())
+            .with_graceful_shutdown(stopping.clone().cancelled_owned())
+            .into_future();
     tokio::pin!(server);
     let ended = tokio::select! {
         served = &mut server => return served.map_err(ServeError::Http),

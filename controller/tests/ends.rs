@@ -6,6 +6,7 @@ mod common;
 
 use common::{CLUSTER, Drone, Server, process};
 use serde_json::{Value, json};
+use std::time::Duration;
 
 /// Keys expire within seconds.
 const SHORT_LEASE: &str = "renew=1s,soft=2s,hard=3s,expiry=4s";
@@ -149,16 +150,25 @@ async fn limits_end_a_backend_and_connections_keep_it() {
     let (free, free_token) = start(&server, &mut drone, "free", json!({})).await;
     let idle_limit = json!({"max_idle_seconds": 1, "lifetime_limit_seconds": 3600});
     let (busy, busy_token) = start(&server, &mut drone, "busy", idle_limit.clone()).await;
-    let activity = |id: i64, items: &[(&str, u64, u64)]| {
-        let item = |(backend, token, connections): &(&str, u64, u64)| json!({"backend": backend, "token": token, "connections": connections, "idle_ms": 500});
+    let activity = |id: i64, items: &[(&str, u64, Option<u64>)]| {
+        let item = |(backend, token, idle_ms): &(&str, u64, Option<u64>)| {
+            let connections = if idle_ms.is_some() { 0 } else { 2 };
+            json!({"backend": backend, "token": token, "connections": connections, "idle_ms": idle_ms.unwrap_or(0)})
+        };
         json!({"BackendActivity": {"activity_id": id, "backends": items.iter().map(item).collect::<Vec<_>>()}})
     };
-    drone.send(&activity(1, &[(&busy, busy_token, 2), (&free, free_token, 0)])).await;
-    assert_eq!(drone.next("AckActivity").await["activity_id"], 1);
+    drone.send(&activity(1, &[(&busy, busy_token, None), (&free, free_token, Some(5_000))])).await;
+    assert_eq!(drone.next("AckActivity").await, json!({"activity_id": 1}));
     let (idle, idle_token) = start(&server, &mut drone, "idle", idle_limit).await;
     let (old, _) = start(&server, &mut drone, "old", json!({"lifetime_limit_seconds": 1})).await;
-    drone.send(&activity(2, &[(&idle, idle_token, 0)])).await;
-    assert_eq!(drone.next("AckActivity").await["activity_id"], 2);
+    // Time alone ends no idle backend: the drone is asked to look again when the limit is due.
+    drone.send(&activity(2, &[(&idle, idle_token, Some(0))])).await;
+    let acknowledged = drone.next("AckActivity").await;
+    let again = &acknowledged["again"][0];
+    let in_ms = again["in_ms"].as_u64().unwrap();
+    assert!(again["backend"] == json!(idle) && (1..=1000).contains(&in_ms), "{acknowledged}");
+    tokio::time::sleep(Duration::from_millis(in_ms + 50)).await;
+    drone.send(&activity(3, &[(&idle, idle_token, Some(in_ms + 50))])).await;
     let mut ended = [swept(&mut drone).await, swept(&mut drone).await];
     ended.sort();
     let mut expected = [idle, old];
@@ -166,11 +176,11 @@ async fn limits_end_a_backend_and_connections_keep_it() {
     assert_eq!(ended, expected, "and neither the busy one nor the one without a limit");
     let (_, listed) = server.get(&format!("/ctrl/backends?prefix={busy}")).await;
     assert_eq!(listed["backends"][0].get("termination_reason"), None, "{listed}");
-    drone.send(&activity(3, &[(&busy, busy_token, 0)])).await;
+    drone.send(&activity(4, &[(&busy, busy_token, Some(1_000))])).await;
     assert_eq!(swept(&mut drone).await, busy);
     // Nothing of it is for drones that nobody asked: it is acknowledged all the same.
-    drone.send(&activity(4, &[(&free, free_token, 1)])).await;
-    assert_eq!(drone.next("AckActivity").await["activity_id"], 4);
+    drone.send(&activity(5, &[(&free, free_token, None)])).await;
+    while drone.next("AckActivity").await["activity_id"] != 5 {}
     server.stop().await;
 }
 

@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{Drone, Server, process, wait_until};
+use common::{Drone, Server, process};
 use holdfast_controller::token;
 use reqwest::StatusCode;
 use serde_json::{Value, json};
@@ -315,10 +315,6 @@ async fn an_unacknowledged_spawn_is_sent_again_and_an_acknowledged_one_is_not() 
     let again = drone.next("Action").await;
     assert_eq!(again["action_id"], end["action_id"]);
     drone.send(&json!({"AckAction": {"action_id": end["action_id"]}})).await;
-    wait_until("nothing is due", || {
-        let local = server.store.local();
-        local.view.due_actions(1, None, local.now_ms, 10).unwrap().is_empty()
-    })
-    .await;
+    server.wait_until_no_action("dr-a").await;
     server.stop().await;
 }

@@ -44,20 +44,6 @@ async fn a_drone_that_reconnects_replaces_its_own_older_socket() {
 }
 
 #[tokio::test]
-async fn a_new_incarnation_does_not_get_the_older_ones_spawn() {
-    let server = Server::start().await;
-    let first = Drone::connect(&server, "dr-a", Some("one"), "").await;
-    server.wait_for_drone("dr-a").await;
-    drop(first);
-    let (status, connected) =
-        server.post("/ctrl/connect", &json!({"key": {"name": "k"}, "spawn_config": process()})).await;
-    assert_eq!(status.as_u16(), 200, "{connected}");
-    let mut second = Drone::connect(&server, "dr-a", Some("two"), "").await;
-    assert!(tokio::time::timeout(Duration::from_millis(1500), second.next("Action")).await.is_err());
-    server.stop().await;
-}
-
-#[tokio::test]
 async fn frames_that_are_no_messages_close_the_session_and_unknown_ones_do_not() {
     let server = Server::start().await;
     for frame in [

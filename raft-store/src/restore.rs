@@ -29,7 +29,7 @@ use crate::types::{CommittedLeader, LeaderId, LogId, Stamper, StoredMembership, 
 use holdfast_backup::{BackupError, Reader, Row, Summary, inspect};
 use holdfast_core::codec::{decode, encode};
 use holdfast_core::kv::{StateError, Table, keys};
-use holdfast_core::limits::TOKEN_MAX;
+use holdfast_core::limits::{SUPPLIED_ID_KEEP_MS, TOKEN_MAX};
 use holdfast_core::records::{BackendRecord, ClusterRecord, DroneRecord, ProgressRecord, RestoredRecord};
 use holdfast_wire::{BackendState, BackendStatus, TerminationReason};
 use openraft::Membership;
@@ -284,7 +284,9 @@ impl Carry {
             | Table::Idempotency
             | Table::IdempotencyExpiry
             | Table::BackendEnds
-            | Table::DrainEnds => {}
+            | Table::DrainEnds
+            | Table::DroneBackends
+            | Table::DronesHeard => {}
             Table::Backends => {
                 let mut backend = decode::<BackendRecord>(&value)?;
                 let last_status = backend.state().status();
@@ -294,6 +296,14 @@ impl Carry {
                         BackendState::Terminated { last_status, termination: None, reason, exit_code: None };
                     backend.history.push((self.now_ms, lost));
                     kept.push((Table::Terminated, keys::timed(self.now_ms, &key), Vec::new()));
+                    if backend.id_supplied {
+                        let forget_at_ms = self.now_ms.saturating_add(SUPPLIED_ID_KEEP_MS);
+                        kept.push((Table::SuppliedEnds, keys::timed(forget_at_ms, &key), Vec::new()));
+                    }
+                } else if backend.spawn_repeated {
+                    // It may have held its key until now, and not be filed yet.
+                    let ended_at_ms = backend.history.last().map_or(self.now_ms, |(at_ms, _)| *at_ms);
+                    kept.push((Table::Terminated, keys::timed(ended_at_ms, &key), Vec::new()));
                 }
                 // Its actions are gone, and it has ended before any limit.
                 backend.terminate_action = None;
@@ -310,9 +320,15 @@ impl Carry {
                 drone.leaving = false;
                 // Nobody else's name is kept from a drone that comes over.
                 drone.registered_at_ms = 0;
+                drone.is_listed = false;
+                // Silent from now on, so that it is swept some day if it does not come over.
+                drone.heard_filed_at_ms = Some(self.now_ms);
+                kept.push((Table::DronesHeard, keys::timed(self.now_ms, &key), Vec::new()));
                 kept.push((table, key, encode(&drone)));
             }
-            Table::Terminated | Table::SuppliedIds | Table::DroneNames => kept.push((table, key, value)),
+            Table::Terminated | Table::SuppliedIds | Table::SuppliedEnds | Table::DroneNames => {
+                kept.push((table, key, value))
+            }
         }
         Ok(())
     }

@@ -83,6 +83,8 @@ async fn drone(store: &Store) -> i32 {
         name: "dr-a".into(),
         pool: String::new(),
         incarnation: "i1".into(),
+        data_id: None,
+        address: String::new(),
         session: "s1".into(),
         controller: 1,
         take_over: false,

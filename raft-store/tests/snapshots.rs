@@ -198,6 +198,8 @@ fn register(session: &str) -> Command {
         name: "dr-a".into(),
         pool: String::new(),
         incarnation: "i1".into(),
+        data_id: None,
+        address: String::new(),
         session: session.into(),
         controller: 1,
         take_over: false,

@@ -8,11 +8,12 @@ use holdfast_drone::discovery::Discovery;
 use holdfast_drone::lease::{Duty, LeaseKeeper};
 use holdfast_drone::session::{Identity, Session, SessionEvent, random_incarnation};
 use holdfast_wire::drone::{
-    Action, ActionMessage, BackendEvent, MessageFromDrone, MessageToDrone, RenewItem, RenewKeysRequest,
+    Action, ActionMessage, BackendEvent, BackendsPage, ListedBackend, MessageFromDrone, MessageToDrone,
+    RenewItem, RenewKeysRequest,
 };
-use holdfast_wire::limits::RENEW_KEYS_MAX;
+use holdfast_wire::limits::{BACKENDS_PER_PAGE_MAX, RENEW_KEYS_MAX};
 use holdfast_wire::{BackendState, BackendStatus};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -104,6 +105,8 @@ impl Fleet {
                 session: None,
                 unacked: BTreeMap::new(),
                 next_event_id: 1,
+                held: BTreeMap::new(),
+                pages: VecDeque::new(),
                 stats: Arc::clone(&stats),
             };
             tasks.push(tokio::spawn(drone.run(waiting)));
@@ -120,6 +123,10 @@ struct Drone {
     unacked: BTreeMap<i64, BackendEvent>,
     next_event_id: i64,
     stats: Arc<FleetStats>,
+    /// Backends that it was told to start and not to end, with their tokens.
+    held: BTreeMap<String, u64>,
+    /// Pages of its list that were not sent yet on this session.
+    pages: VecDeque<Vec<ListedBackend>>,
 }
 
 impl Drone {
@@ -145,6 +152,7 @@ impl Drone {
                 self.stats.arrivals.lock().unwrap_or_else(PoisonError::into_inner).push(arrival);
                 self.stats.connected.fetch_add(1, Ordering::Relaxed);
                 self.session = Some(sender);
+                self.begin_list();
                 self.keeper.ask_again(self.clock.now_ms());
                 for event in self.unacked.clone().into_values() {
                     self.send(MessageFromDrone::BackendEvent(event));
@@ -155,6 +163,28 @@ impl Drone {
                 self.session = None;
             }
             SessionEvent::Message(message) => self.message(message),
+        }
+    }
+
+    /// Lists what it holds, one page at a time.
+    fn begin_list(&mut self) {
+        let listed = |(backend, token): (&String, &u64)| ListedBackend {
+            backend: backend.clone(),
+            token: Some(*token),
+            state: None,
+        };
+        let all: Vec<_> = self.held.iter().map(listed).collect();
+        self.pages = all.chunks(BACKENDS_PER_PAGE_MAX).map(<[ListedBackend]>::to_vec).collect();
+        if self.pages.is_empty() {
+            self.pages.push_back(Vec::new());
+        }
+        self.page();
+    }
+
+    fn page(&mut self) {
+        if let Some(backends) = self.pages.pop_front() {
+            let last = self.pages.is_empty();
+            self.send(MessageFromDrone::Backends(BackendsPage { backends, last }));
         }
     }
 
@@ -180,6 +210,7 @@ impl Drone {
                 self.send(MessageFromDrone::AckAction { action_id });
                 match action {
                     Action::Spawn { key, .. } => {
+                        self.held.insert(backend_id.clone(), key.token);
                         if self.keeper.acquired(&backend_id, key.token, key.deadlines) {
                             let address = SocketAddr::from(([127, 0, 0, 1], 9));
                             self.report(&backend_id, Some(key.token), BackendState::Ready { address });
@@ -187,6 +218,7 @@ impl Drone {
                     }
                     Action::Terminate { kind, reason } => {
                         self.keeper.ended(&backend_id);
+                        self.held.remove(&backend_id);
                         let state = BackendState::Terminated {
                             last_status: BackendStatus::Ready,
                             termination: Some(kind),
@@ -201,9 +233,8 @@ impl Drone {
                 self.unacked.remove(&event_id);
             }
             // It says neither.
-            MessageToDrone::AckDraining {}
-            | MessageToDrone::AckActivity { .. }
-            | MessageToDrone::AckBackends {} => {}
+            MessageToDrone::AckDraining {} | MessageToDrone::AckActivity { .. } => {}
+            MessageToDrone::AckBackends {} => self.page(),
             MessageToDrone::RenewKeysResponse(response) => {
                 let now_ms = self.clock.now_ms();
                 for key in response.keys {

@@ -7,15 +7,15 @@
 use futures::{SinkExt, StreamExt};
 use holdfast_wire::BackendState;
 use holdfast_wire::drone::{
-    Action, ActionMessage, BackendEvent, ControllerHandshake, DroneHandshake, Heartbeat, MessageFromDrone,
-    MessageToDrone, RenewItem, RenewKeyRequest, RenewKeyResponse, RenewKeysRequest, RenewKeysResponse,
-    VersionInfo,
+    Action, ActionMessage, BackendEvent, BackendsPage, ControllerHandshake, DroneHandshake, Heartbeat,
+    ListedBackend, MessageFromDrone, MessageToDrone, RenewItem, RenewKeyRequest, RenewKeyResponse,
+    RenewKeysRequest, RenewKeysResponse, VersionInfo,
 };
-use holdfast_wire::limits::RENEW_KEYS_MAX;
+use holdfast_wire::limits::{BACKENDS_PER_PAGE_MAX, RENEW_KEYS_MAX};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
@@ -80,6 +80,44 @@ pub struct Identity {
     pub pool: String,
     /// `None` for a drone of Plane's.
     pub incarnation: Option<String>,
+    /// Its data directory, which a drone of Plane's does not use.
+    pub disk: Disk,
+}
+
+/// A simulated data directory: what a drone lists at registration. Clones are the same directory.
+#[derive(Debug, Clone)]
+pub struct Disk {
+    data_id: String,
+    backends: Arc<Mutex<BTreeMap<String, ListedBackend>>>,
+}
+
+impl Disk {
+    fn new(data_id: String) -> Self {
+        Self { data_id, backends: Arc::default() }
+    }
+
+    fn backends(&self) -> MutexGuard<'_, BTreeMap<String, ListedBackend>> {
+        self.backends.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn received(&self, message: &MessageToDrone) {
+        if let MessageToDrone::Action(ActionMessage {
+            backend_id, action: Action::Spawn { key, .. }, ..
+        }) = message
+        {
+            let (backend, token) = (backend_id.clone(), Some(key.token));
+            let listed = ListedBackend { backend, token, state: Some(BackendState::Loading) };
+            self.backends().entry(backend_id.clone()).or_insert(listed);
+        }
+    }
+
+    fn sent(&self, message: &MessageFromDrone) {
+        if let MessageFromDrone::BackendEvent(event) = message
+            && let Some(listed) = self.backends().get_mut(&event.backend_id)
+        {
+            listed.state = Some(event.state.clone());
+        }
+    }
 }
 
 impl Identity {
@@ -90,7 +128,14 @@ impl Identity {
             name: name.to_owned(),
             pool: String::new(),
             incarnation: Some(incarnation.to_owned()),
+            disk: Disk::new(format!("disk of {name}")),
         }
+    }
+
+    /// A drone of that name with an empty data directory.
+    pub fn on_another_disk(&self, incarnation: &str) -> Self {
+        let disk = Disk::new(format!("another disk of {}", self.name));
+        Self { disk, ..self.restarted(incarnation) }
     }
 
     /// A drone as Plane's, which has no incarnation.
@@ -153,6 +198,7 @@ pub struct SimDrone {
     next_event_id: i64,
     pump: JoinHandle<()>,
     heartbeats: Option<JoinHandle<()>>,
+    disk: Disk,
 }
 
 impl Drop for SimDrone {
@@ -215,7 +261,7 @@ fn text(message: &impl serde::Serialize) -> Result<Message, SimError> {
 }
 
 impl SimDrone {
-    /// Opens the socket of one controller and exchanges handshakes.
+    /// Opens the socket of one controller, exchanges handshakes, and lists what is on the disk.
     pub async fn connect(controller_url: &str, identity: &Identity) -> Result<Self, SimError> {
         let open = async {
             let (mut socket, _) = connect_async(identity.url(controller_url))
@@ -225,7 +271,7 @@ impl SimDrone {
                 version: VersionInfo::current(),
                 name: identity.name.clone(),
                 incarnation: identity.incarnation.clone(),
-                data_id: None,
+                data_id: identity.incarnation.as_ref().map(|_| identity.disk.data_id.clone()),
             };
             socket.send(text(&handshake)?).await.map_err(|error| SimError::Connect(error.to_string()))?;
             loop {
@@ -242,7 +288,7 @@ impl SimDrone {
         let (out, out_queue) = mpsc::channel(QUEUE_MAX);
         let (incoming_queue, incoming) = mpsc::channel(QUEUE_MAX);
         let pump = tokio::spawn(pump(socket, out_queue, incoming_queue));
-        Ok(Self {
+        let mut drone = Self {
             handshake,
             out,
             incoming,
@@ -250,7 +296,29 @@ impl SimDrone {
             next_event_id: 1,
             pump,
             heartbeats: None,
-        })
+            disk: identity.disk.clone(),
+        };
+        if identity.incarnation.is_some() {
+            drone.list().await?;
+        }
+        Ok(drone)
+    }
+
+    /// Lists what is on the disk, and waits until the list has taken effect.
+    async fn list(&mut self) -> Result<(), SimError> {
+        let all: Vec<ListedBackend> = self.disk.backends().values().cloned().collect();
+        let mut pages: Vec<Vec<ListedBackend>> =
+            all.chunks(BACKENDS_PER_PAGE_MAX).map(<[ListedBackend]>::to_vec).collect();
+        let last = pages.pop().unwrap_or_default();
+        let pages = pages.into_iter().map(|page| (page, false)).chain([(last, true)]);
+        for (backends, last) in pages {
+            self.send(&MessageFromDrone::Backends(BackendsPage { backends, last })).await?;
+            self.pick("acknowledgement of a list", HANDSHAKE_TIMEOUT, |message| {
+                matches!(message, MessageToDrone::AckBackends {}).then_some(())
+            })
+            .await?;
+        }
+        Ok(())
     }
 
     /// As [`Self::connect`], trying each controller in turn until one lets it in or `within` has passed. A name that is
@@ -282,6 +350,7 @@ impl SimDrone {
 
     /// Sends any message.
     pub async fn send(&self, message: &MessageFromDrone) -> Result<(), SimError> {
+        self.disk.sent(message);
         self.queue(text(message)?).await
     }
 
@@ -333,7 +402,10 @@ impl SimDrone {
         end: tokio::time::Instant,
     ) -> Result<MessageToDrone, SimError> {
         match timeout_at(end, self.incoming.recv()).await.map_err(|_| SimError::Timeout(what))? {
-            Some(Incoming::Message(message)) => Ok(message),
+            Some(Incoming::Message(message)) => {
+                self.disk.received(&message);
+                Ok(message)
+            }
             Some(Incoming::End(end)) => Err(end),
             None => Err(SimError::Closed { code: None, reason: "the session is over".into() }),
         }

@@ -246,8 +246,7 @@ impl Socket {
 
     async fn handshake(&mut self, name: &str) {
         let version = json!({"version": "0", "git_hash": "0"});
-        let handshake =
-            json!({"version": version, "name": name, "incarnation": format!("test-{name}"), "new": 1});
+        let handshake = json!({"version": version, "name": name, "incarnation": format!("test-{name}"), "data_id": "m", "new": 1});
         self.say(handshake.to_string()).await;
     }
 
@@ -300,6 +299,11 @@ async fn frames_that_are_no_messages_close_the_drone_socket_with_a_reason() {
             Message::text(json!({"version": version, "name": "dr-x", "incarnation": ""}).to_string()),
             "incarnation",
         ),
+        (
+            Message::text(json!({"version": version, "name": "dr-x", "incarnation": "i"}).to_string()),
+            "data_id",
+        ),
+        (Message::text(" ".repeat(64 * 1024 + 1)), "the handshake is 65537 bytes"),
         (Message::binary(vec![0; 8]), "binary"),
     ]
     .into_iter()

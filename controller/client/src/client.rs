@@ -54,13 +54,13 @@ impl Client {
 
     /// The backend that holds a key, started if need be.
     ///
-    /// Without a key, and under an `Idempotency-Key` of the caller's, a repeated attempt gets the first one's recorded
-    /// answer. With a key, a repeated attempt finds the key held: the backend is the same, but `spawned` is false even
+    /// Without a key a repeated attempt would start another backend, so the request carries an `Idempotency-Key`: then, and
+    /// under one of the caller's, a repeated attempt gets the first one's recorded answer. With a key, a repeated attempt finds the key held: the backend is the same, but `spawned` is false even
     /// if an earlier attempt started it. One attempt may take `wait_ms` and some seconds more.
     pub async fn connect(&self, request: &ConnectRequest) -> Result<ConnectResponse, ClientError> {
         let mut call = self.post(["ctrl", "connect"], request)?;
-        if request.key.is_some() {
-            call.idempotency_key = self.options.idempotency_key.clone();
+        if request.key.is_none() && call.idempotency_key.is_none() {
+            call.idempotency_key = Some(random_idempotency_key());
         }
         call.attempt_ms = request.wait_ms.unwrap_or(WAIT_MS_DEFAULT).saturating_add(CONNECT_EXTRA_MS);
         self.run(&call).await?.json()
@@ -335,8 +335,8 @@ impl Client {
     }
 
     fn post_without_body<'a>(&self, path: impl IntoIterator<Item = &'a str>) -> Call {
-        let key = self.options.idempotency_key.clone().unwrap_or_else(random_idempotency_key);
-        Call { method: Method::POST, changes_state: true, idempotency_key: Some(key), ..self.get(path) }
+        let idempotency_key = self.options.idempotency_key.clone();
+        Call { method: Method::POST, changes_state: true, idempotency_key, ..self.get(path) }
     }
 
     fn post<'a>(

@@ -17,8 +17,9 @@
 //!
 //! 1. A request that may have taken effect is never reported as failed: [`ClientError::OutcomeUnknown`] (the design's
 //!    invariant 8). Once one attempt's outcome is unknown, only a definite answer to a later attempt ends the doubt.
-//! 2. Every request that changes something is repeatable: `connect` with a key by nature, everything else by an
-//!    `Idempotency-Key`, the caller's or a random one, which is the same in every attempt.
+//! 2. Every request that changes something is repeatable: `connect` without a key by an `Idempotency-Key`, the caller's or
+//!    a random one, which is the same in every attempt; everything else by nature. A random one takes room in the
+//!    controllers' table of answers, so no other request gets one.
 //! 3. Retries end: no attempt is begun after the deadline of [`RequestOptions`], and each attempt has a time-out.
 //! 4. A controller that says `Retry-After` is not asked again by the same request before that time.
 //! 5. A status stream gives each status once and in the order of a backend's life, however often it reconnects.

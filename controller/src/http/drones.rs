@@ -182,7 +182,11 @@ mod tests {
             name: "dr-a".into(),
             pool: String::new(),
             incarnation: "i".into(),
+            data_id: Some("m".into()),
             session: "s".into(),
+            address: String::new(),
+            registered_index: 1,
+            is_listed: true,
             controller: 2,
             version: "1.0".into(),
             git_hash: "abc".into(),
@@ -192,6 +196,7 @@ mod tests {
             heartbeat: Some(HeartbeatRecord { at_ms: 10_000, term: 1, local_time_ms: 0 }),
             drain_deadline_ms: None,
             leaving: false,
+            heard_filed_at_ms: None,
         };
         assert_eq!(
             serde_json::to_value(state(drone.clone(), 12_999, 30_000)).unwrap(),

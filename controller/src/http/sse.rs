@@ -110,6 +110,7 @@ pub async fn status_stream(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use holdfast_core::records::Presence;
     use holdfast_wire::KeyConfig;
 
     fn backend(states: Vec<BackendState>) -> BackendRecord {
@@ -117,8 +118,11 @@ mod tests {
             key: KeyConfig::default(),
             cluster: String::new(),
             drone_id: 1,
+            presence: Presence::Expected,
             drone: String::new(),
-            incarnation: String::new(),
+            data_id: None,
+            spawn_repeated: false,
+            id_supplied: false,
             token: 1,
             history: states.into_iter().enumerate().map(|(at, state)| (at as u64, state)).collect(),
             termination_asked: None,

@@ -4,9 +4,8 @@
 //! looking at older ones, and go out first; unacknowledged ones are sent again a page at a time. However many older ones
 //! are unacknowledged, newer ones do not wait for them.
 
-use super::drift::Drift;
 use holdfast_core::limits::ACTIONS_PER_READ_MAX;
-use holdfast_core::records::PendingAction;
+use holdfast_core::records::{PendingAction, SpawnTarget};
 use holdfast_core::view::DueAction;
 use holdfast_wire::drone::{AcquiredKey, Action, ActionMessage};
 use std::collections::BTreeMap;
@@ -76,8 +75,11 @@ impl Tracker {
         mut look: impl FnMut(Option<At>, usize) -> Result<Vec<DueAction>, E>,
     ) -> Result<Vec<DueAction>, E> {
         let mut due = Vec::new();
+        if room == 0 {
+            return Ok(due);
+        }
         for _ in 0..RESEND_PAGES_MAX {
-            if self.sent.is_empty() || due.len() >= room {
+            if self.sent.is_empty() {
                 break;
             }
             // What was sent begins there; before it lies what is gone, which the database would have to walk over.
@@ -87,10 +89,17 @@ impl Tracker {
                 if page.len() < ACTIONS_PER_READ_MAX { None } else { page.last().map(|a| (a.index, a.sub)) };
             self.forget_all_but(&page, page_end);
             for action in page {
-                let Some(sent) = self.sent.get_mut(&(action.index, action.sub)) else { continue };
-                if now.saturating_duration_since(*sent) >= RESEND_AFTER && due.len() < room {
-                    *sent = now;
-                    due.push(action);
+                let at = (action.index, action.sub);
+                let Some(sent) = self.sent.get_mut(&at) else { continue };
+                if !is_repeated(&action) || now.saturating_duration_since(*sent) < RESEND_AFTER {
+                    continue;
+                }
+                *sent = now;
+                due.push(action);
+                if due.len() == room {
+                    // The next round continues right behind it, so that none waits longer than the others.
+                    self.resend_after = Some(at);
+                    return Ok(due);
                 }
             }
             self.resend_after = page_end;
@@ -112,37 +121,37 @@ impl Tracker {
     }
 }
 
-/// An action as the drone gets it that runs as `incarnation`. `None`: a spawn that was made for another one, whose clock
-/// its deadlines are in. The state says that too, but it may change between the session's look at the drone and its look
-/// at the actions. A drone whose clock is known to be too slow gets a key for as much shorter as renewals will be: it may be
-/// cut off before the first. The error is a spawn whose executable is not JSON, which no controller accepts.
-pub fn message(
-    drone_id: i32,
-    incarnation: &str,
-    drift: &Drift,
-    due: DueAction,
-) -> Result<Option<ActionMessage>, serde_json::Error> {
+/// Whether an action that was sent on this session is sent on it again. A drone of Plane's may start a backend for each
+/// spawn that reaches it; sending one again takes an entry (`apply/drones.rs`).
+fn is_repeated(action: &DueAction) -> bool {
+    !matches!(action.record.action, PendingAction::Spawn { target: SpawnTarget::Session { .. }, .. })
+}
+
+/// An action as the drone gets it. The error is a spawn whose executable is not JSON, which no controller accepts.
+pub fn message(drone_id: i32, due: DueAction) -> Result<ActionMessage, serde_json::Error> {
     let action = match due.record.action {
-        PendingAction::Spawn { incarnation: made_for, .. } if made_for != incarnation => return Ok(None),
-        PendingAction::Spawn { local_time_ms, lease, token, executable_json, .. } => Action::Spawn {
+        PendingAction::Spawn { target, local_time_ms, lease, token, executable_json, .. } => Action::Spawn {
             executable: serde_json::from_str(&executable_json)?,
             key: AcquiredKey {
                 key: due.backend.key,
-                deadlines: drift.lease(lease).deadlines(local_time_ms),
+                deadlines: lease.deadlines(due.lease_from_ms.unwrap_or(local_time_ms)),
                 token,
             },
             static_token: due.backend.static_token,
-            incarnation: None,
+            incarnation: match target {
+                SpawnTarget::Incarnation(incarnation) => Some(incarnation),
+                SpawnTarget::Session { .. } => None,
+            },
         },
         PendingAction::Terminate { kind, reason } => Action::Terminate { kind, reason },
     };
-    Ok(Some(ActionMessage { action_id: due.action_id, backend_id: due.record.backend_id, drone_id, action }))
+    Ok(ActionMessage { action_id: due.action_id, backend_id: due.record.backend_id, drone_id, action })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use holdfast_core::records::{ActionRecord, BackendRecord};
+    use holdfast_core::records::{ActionRecord, BackendRecord, Presence};
     use holdfast_wire::{KeyConfig, LeaseConfig, TerminationKind, TerminationReason};
     use serde_json::json;
     use std::convert::Infallible;
@@ -152,8 +161,11 @@ mod tests {
             key: KeyConfig { name: "k".into(), ..KeyConfig::default() },
             cluster: String::new(),
             drone_id: 1,
+            presence: Presence::Expected,
             drone: String::new(),
-            incarnation: String::new(),
+            data_id: None,
+            spawn_repeated: false,
+            id_supplied: false,
             token: index,
             history: Vec::new(),
             termination_asked: None,
@@ -168,7 +180,7 @@ mod tests {
             end_filed_at_ms: None,
         };
         let record = ActionRecord { backend_id: format!("ba-{index}"), action };
-        DueAction { action_id: format!("ak-{index}-0"), index, sub: 0, record, backend }
+        DueAction { action_id: format!("ak-{index}-0"), index, sub: 0, record, backend, lease_from_ms: None }
     }
 
     fn end() -> PendingAction {
@@ -238,9 +250,25 @@ mod tests {
         assert_eq!(all, (1..=count).collect::<Vec<_>>());
     }
 
-    fn spawn(incarnation: &str) -> PendingAction {
+    /// A round that has room for a few only does not start over, and leaves none out.
+    #[test]
+    fn resending_with_little_room_gets_round_to_every_action() {
+        let mut now = Instant::now();
+        let mut tracker = Tracker::default();
+        tracker.fresh(now, usize::MAX, state(1..=10)).unwrap();
+        now += RESEND_AFTER;
+        let mut all = Vec::new();
+        for _ in 0..4 {
+            assert!(indexes(tracker.again(now, 0, state(1..=10))).is_empty());
+            all.extend(indexes(tracker.again(now, 3, state(1..=10))));
+        }
+        assert_eq!(all, (1..=10).collect::<Vec<_>>());
+        assert_eq!(tracker.sent.len(), 10);
+    }
+
+    fn spawn(target: SpawnTarget) -> PendingAction {
         PendingAction::Spawn {
-            incarnation: incarnation.into(),
+            target,
             local_time_ms: 1_000,
             heartbeat_at_ms: 0,
             lease: LeaseConfig::default(),
@@ -250,45 +278,30 @@ mod tests {
     }
 
     #[test]
-    fn a_spawn_of_another_incarnation_is_left_out_and_holds_up_nothing() {
+    fn a_spawn_is_sent_to_a_drone_of_planes_once_in_a_session() {
         let start = Instant::now();
         let mut tracker = Tracker::default();
         let look = |after: Option<At>, limit: usize| {
-            let all = [due(1, spawn("new")), due(2, end()), due(3, spawn("mine"))];
+            let plane = SpawnTarget::Session { session: "s".into(), address: "10.0.0.1".into() };
+            let all = [due(1, spawn(plane)), due(2, end())];
             let after = after.map_or(0, |(index, _)| index);
             Ok::<_, Infallible>(all.into_iter().filter(|a| a.index > after).take(limit).collect::<Vec<_>>())
         };
-        let sent = |due: Result<Vec<DueAction>, Infallible>| -> Vec<String> {
-            let messages =
-                due.unwrap().into_iter().map(|due| message(5, "mine", &Drift::default(), due).unwrap());
-            messages.flatten().map(|message| message.action_id).collect()
-        };
-        assert!(sent(tracker.fresh(start, 1, look)).is_empty());
-        assert_eq!(sent(tracker.fresh(start, 1, look)), ["ak-2-0"]);
-        assert_eq!(sent(tracker.fresh(start, 9, look)), ["ak-3-0"]);
-        assert_eq!(sent(tracker.again(start + RESEND_AFTER, 9, look)), ["ak-2-0", "ak-3-0"]);
+        assert_eq!(indexes(tracker.fresh(start, 9, look)), [1, 2]);
+        assert_eq!(indexes(tracker.again(start + RESEND_AFTER, 9, look)), [2]);
     }
 
     #[test]
-    fn a_spawn_carries_the_key_with_deadlines_in_the_drones_time() {
-        assert_eq!(
-            serde_json::to_value(message(5, "i", &Drift::default(), due(17, spawn("i"))).unwrap()).unwrap(),
-            json!({"action_id": "ak-17-0", "backend_id": "ba-17", "drone_id": 5, "action": {"Spawn": {
-                "executable": {"command": ["x"]},
-                "key": {"key": {"name": "k", "namespace": "", "tag": ""}, "token": 17,
-                        "deadlines": {"renew_at": 31_000, "soft_terminate_at": 41_000, "hard_terminate_at": 51_000}},
-                "static_token": null}}})
+    fn a_spawn_counts_from_where_the_state_says_and_names_its_incarnation() {
+        let sent = message(
+            3,
+            DueAction { lease_from_ms: Some(500), ..due(1, spawn(SpawnTarget::Incarnation("i".into()))) },
         );
-    }
-
-    #[test]
-    fn a_slow_clock_gets_a_spawn_with_deadlines_that_are_over_in_time() {
-        let drifts = crate::session::drift::Drifts::default();
-        let mut measured = drifts.enter("s", "dr", "i");
-        (0..20_000).step_by(500).for_each(|at_ms| measured.heartbeat(at_ms / 2, at_ms));
-        let sent = message(5, "i", &measured.drift, due(17, spawn("i"))).unwrap().unwrap();
-        let Action::Spawn { key, .. } = sent.action else { panic!("{sent:?}") };
-        // 50 s last for 25 s of its own; the spawn counts from 1 s.
-        assert!((25_000..27_000).contains(&key.deadlines.hard_terminate_at), "{:?}", key.deadlines);
+        let sent = sent.unwrap();
+        assert_eq!((sent.action_id.as_str(), sent.drone_id), ("ak-1-0", 3));
+        let Action::Spawn { executable, key, incarnation, .. } = sent.action else { panic!("{sent:?}") };
+        assert_eq!(executable, json!({"command": ["x"]}));
+        assert_eq!((key.deadlines.hard_terminate_at, key.token), (50_500, 17));
+        assert_eq!(incarnation.as_deref(), Some("i"));
     }
 }

@@ -12,10 +12,9 @@
 //!          └──────────────────▶ this controller's CLOCK_MONOTONIC
 //! ```
 //!
-//! The error is shown in `/metrics` and, beyond ρ, logged. A drone whose clock is measured as too *slow* would keep to its
-//! deadlines too late: what it is granted is shortened by as much, so that its backends end early rather than late.
+//! The error is shown in `/metrics` and, beyond ρ, logged. It changes nothing: a controller that was stalled cannot tell its
+//! own clock from the drone's, and such clocks are outside the fault model.
 
-use holdfast_wire::LeaseConfig;
 use holdfast_wire::lease::CLOCK_RATE_TOLERANCE_PERCENT;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -35,12 +34,8 @@ const MEASURED_PPM_MARGIN: i64 = 10_000;
 const FAULT_PPM: i64 = TOLERANCE_PPM + MEASURED_PPM_MARGIN;
 /// An error beyond this is a clock that was set, not one that runs fast; shown as this, in millionths.
 const SHOWN_PPM_MAX: i64 = 10_000_000;
-/// A lease is shortened to no less than one part in so many.
-const SHORTEN_MAX: u64 = 4;
 /// Most drones whose error is shown: those whose clocks are furthest off.
 pub const SHOWN_MAX: usize = 50;
-/// Most drone processes that are remembered as too slow from one session to the next.
-const SLOW_MAX: usize = 10_000;
 
 #[derive(Debug, Clone, Copy)]
 struct Bucket {
@@ -89,23 +84,6 @@ impl Drift {
         let grown_ms = last.offset_ms.saturating_sub(first.offset_ms);
         Some((grown_ms.saturating_mul(1_000_000) / span_ms).clamp(-SHOWN_PPM_MAX, SHOWN_PPM_MAX))
     }
-
-    /// The durations that a drone with this clock must be given so that they are over in time: the lease's own, unless
-    /// its clock is too slow.
-    pub fn lease(&self, lease: LeaseConfig) -> LeaseConfig {
-        let Some(slow_ppm) = self.ppm.map(|ppm| -ppm).filter(|slow| *slow > FAULT_PPM) else {
-            return lease;
-        };
-        let rate_ppm = u64::try_from(1_000_000 - slow_ppm).unwrap_or(0);
-        // Durations that its clock counts while the lease's own pass.
-        let short = |ms: u64| (ms.saturating_mul(rate_ppm) / 1_000_000).max(ms / SHORTEN_MAX);
-        LeaseConfig {
-            renew_ms: short(lease.renew_ms),
-            soft_terminate_ms: short(lease.soft_terminate_ms),
-            hard_terminate_ms: short(lease.hard_terminate_ms),
-            ..lease
-        }
-    }
 }
 
 #[derive(Debug)]
@@ -118,8 +96,6 @@ struct Row {
 struct Rows {
     sessions: BTreeMap<String, Row>,
     faults: u64,
-    /// Errors of those that are too slow, by name and incarnation: known when they come back, before a new session has measured.
-    slow: BTreeMap<(String, String), i64>,
 }
 
 /// The errors of all drones that have a session here.
@@ -135,11 +111,10 @@ fn lock(rows: &Mutex<Rows>) -> MutexGuard<'_, Rows> {
 /// A session's measurement; it leaves the metrics when this is dropped.
 #[derive(Debug)]
 pub struct Measured {
-    /// The measurement.
-    pub drift: Drift,
+    drift: Drift,
     session: String,
-    /// Its name and incarnation.
-    process: (String, String),
+    /// The drone's name.
+    drone: String,
     rows: Arc<Mutex<Rows>>,
 }
 
@@ -150,14 +125,12 @@ impl Drop for Measured {
 }
 
 impl Drifts {
-    /// Begins to measure a session's drone. What an earlier session here has found of the same process holds until then.
-    pub fn enter(&self, session: &str, drone: &str, incarnation: &str) -> Measured {
-        let process = (drone.to_owned(), incarnation.to_owned());
-        let ppm = lock(&self.rows).slow.get(&process).copied();
+    /// Begins to measure a session's drone.
+    pub fn enter(&self, session: &str, drone: &str) -> Measured {
         Measured {
-            drift: Drift { ppm, ..Drift::default() },
+            drift: Drift::default(),
             session: session.to_owned(),
-            process,
+            drone: drone.to_owned(),
             rows: Arc::clone(&self.rows),
         }
     }
@@ -180,23 +153,18 @@ impl Measured {
     pub fn heartbeat(&mut self, local_ms: i64, mine_ms: i64) {
         let Some(ppm) = self.drift.heartbeat(local_ms, mine_ms) else { return };
         let mut rows = lock(&self.rows);
-        if ppm >= -FAULT_PPM {
-            rows.slow.remove(&self.process);
-        } else if rows.slow.len() < SLOW_MAX || rows.slow.contains_key(&self.process) {
-            rows.slow.insert(self.process.clone(), ppm);
-        }
-        let before = rows.sessions.insert(self.session.clone(), Row { drone: self.process.0.clone(), ppm });
+        let before = rows.sessions.insert(self.session.clone(), Row { drone: self.drone.clone(), ppm });
         let was_off = before.is_some_and(|row| row.ppm.abs() > FAULT_PPM);
         if ppm.abs() > FAULT_PPM && !was_off {
             rows.faults += 1;
             tracing::error!(
-                drone = self.process.0,
+                drone = self.drone,
                 ppm,
                 tolerance_ppm = TOLERANCE_PPM,
                 "the drone's clock runs at another rate than this controller's, beyond what leases allow for"
             );
         } else if was_off && ppm.abs() <= FAULT_PPM {
-            tracing::info!(drone = self.process.0, ppm, "the drone's clock runs at a tolerable rate again");
+            tracing::info!(drone = self.drone, ppm, "the drone's clock runs at a tolerable rate again");
         }
     }
 }
@@ -242,42 +210,10 @@ mod tests {
     }
 
     #[test]
-    fn only_a_clock_that_is_too_slow_shortens_what_it_is_granted() {
-        let lease = LeaseConfig::default();
-        for rate in [0.95, 1.0, 1.05, 1.5] {
-            assert_eq!(measured(rate, 30_000, |_| 0).lease(lease), lease, "{rate}");
-        }
-        let short = measured(0.7, 30_000, |_| 0).lease(lease);
-        // On a clock that runs at 0.7, 35 s last for 50 s.
-        assert!(short.hard_terminate_ms.abs_diff(35_000) < 600, "{short}");
-        assert!(
-            short.renew_ms < short.soft_terminate_ms && short.soft_terminate_ms < short.hard_terminate_ms
-        );
-        assert_eq!(short.expiry_ms, lease.expiry_ms, "the controllers' own time is theirs");
-    }
-
-    #[test]
-    fn a_slow_clock_is_known_when_its_process_comes_back() {
-        let drifts = Drifts::default();
-        let lease = LeaseConfig::default();
-        let run = |session: &str, incarnation: &str, rate: i64| {
-            let mut measured = drifts.enter(session, "dr", incarnation);
-            let first = measured.drift.lease(lease);
-            (0..20_000).step_by(500).for_each(|at_ms| measured.heartbeat(at_ms * rate / 10, at_ms));
-            first
-        };
-        assert_eq!(run("s-1", "slow", 5), lease, "nothing is known");
-        assert!(run("s-2", "slow", 5).hard_terminate_ms < 26_000, "known from the first moment");
-        assert_eq!(run("s-3", "another", 10), lease, "of another process");
-        run("s-4", "slow", 10);
-        assert_eq!(run("s-5", "slow", 10), lease, "it was found to be right since");
-    }
-
-    #[test]
     fn the_metrics_show_the_worst_and_forget_ended_sessions() {
         let drifts = Drifts::default();
         let mut all: Vec<_> =
-            (0..SHOWN_MAX + 10).map(|i| drifts.enter(&format!("s-{i}"), &format!("dr-{i}"), "i")).collect();
+            (0..SHOWN_MAX + 10).map(|i| drifts.enter(&format!("s-{i}"), &format!("dr-{i}"))).collect();
         for (i, measured) in all.iter_mut().enumerate() {
             for at_ms in (0..20_000).step_by(500) {
                 let off = if i == 3 { at_ms / 10 } else { 0 };

@@ -1,12 +1,12 @@
 //! Reading frames of the drone socket. Pure.
 
 use holdfast_wire::drone::MessageFromDrone;
-use holdfast_wire::limits::{ACTIVITIES_MAX, BODY_BYTES_MAX, RENEW_KEYS_MAX};
+use holdfast_wire::limits::{ACTIVITIES_MAX, BACKENDS_PER_PAGE_MAX, BODY_BYTES_MAX, RENEW_KEYS_MAX};
 use holdfast_wire::names::check_name;
 use serde_json::Value;
 
 /// The messages that this controller knows, by their tags.
-const KINDS: [&str; 8] = [
+const KINDS: [&str; 9] = [
     "Heartbeat",
     "RenewKey",
     "RenewKeys",
@@ -15,6 +15,7 @@ const KINDS: [&str; 8] = [
     "BackendMetrics",
     "Draining",
     "BackendActivity",
+    "Backends",
 ];
 /// Longest action id that can be acknowledged, in bytes. Ours are shorter.
 const ACTION_ID_BYTES_MAX: usize = 64;
@@ -86,6 +87,13 @@ fn check(message: &MessageFromDrone) -> Result<(), String> {
             .backends
             .iter()
             .try_for_each(|item| name("BackendActivity.backends.backend", &item.backend)),
+        MessageFromDrone::Backends(page) if page.backends.len() > BACKENDS_PER_PAGE_MAX => Err(format!(
+            "Backends.backends has {} entries, at most {BACKENDS_PER_PAGE_MAX} are allowed",
+            page.backends.len()
+        )),
+        MessageFromDrone::Backends(page) => {
+            page.backends.iter().try_for_each(|item| name("Backends.backends.backend", &item.backend))
+        }
     }
 }
 
@@ -140,6 +148,12 @@ mod tests {
         };
         assert!(matches!(activity(ACTIVITIES_MAX), Frame::Message(_)));
         assert!(matches!(activity(ACTIVITIES_MAX + 1), Frame::Bad(_)));
+        let page = |count| {
+            let backends = vec![json!({"backend": "b"}); count];
+            read(&json!({"Backends": {"backends": backends, "last": true}}).to_string())
+        };
+        assert!(matches!(page(BACKENDS_PER_PAGE_MAX), Frame::Message(_)));
+        assert!(matches!(page(BACKENDS_PER_PAGE_MAX + 1), Frame::Bad(_)));
         let ack = json!({"AckAction": {"action_id": "x".repeat(65)}}).to_string();
         assert!(matches!(read(&ack), Frame::Bad(_)));
         let large = json!({"BackendMetrics": "x".repeat(BODY_BYTES_MAX)}).to_string();

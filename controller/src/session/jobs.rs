@@ -5,9 +5,11 @@ use crate::app::App;
 use crate::hub::{Hub, Topic};
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use holdfast_core::command::{FromDrone, Renew, StateReport};
+use holdfast_core::command::{FromDrone, Renew, ReportStates, StateReport};
+use holdfast_core::kv::StateError;
+use holdfast_core::listing::Listing;
 use holdfast_core::outcome::Outcome;
-use holdfast_wire::drone::{BackendEvent, MessageToDrone};
+use holdfast_wire::drone::{BackendEvent, BackendsPage, MessageToDrone};
 use holdfast_wire::{BackendState, LeaseConfig};
 use raft_store::ProposeError;
 use std::time::{Duration, Instant};
@@ -42,6 +44,28 @@ pub enum Done {
         /// What became of it.
         answer: Result<Outcome, ProposeError>,
     },
+    /// See [`page`].
+    Paged(Result<Paged, PageError>),
+}
+
+/// A page of a drone's list that was taken.
+pub enum Paged {
+    /// More pages follow.
+    More(Listing),
+    /// It was the last one, and the list took effect. These backends hold no key.
+    Complete(Vec<String>),
+}
+
+/// A page that was not taken.
+pub enum PageError {
+    /// The state could not be read.
+    State(StateError),
+    /// The session is not the drone's any more.
+    OtherSession,
+    /// What follows from the list could not be proposed.
+    Propose(ProposeError),
+    /// What follows from the list was refused, which no entry of a list is.
+    Unexpected(Box<Outcome>),
 }
 
 /// One try, of which nobody waits for the end after `until`.
@@ -125,7 +149,12 @@ fn is_urgent(hub: &Hub, events: &[BackendEvent]) -> bool {
 }
 
 /// Records states, in order. Repeating is harmless: states only rise.
-pub fn report(app: App, drone_id: i32, events: Vec<BackendEvent>) -> BoxFuture<'static, Done> {
+pub fn report(
+    app: App,
+    drone_id: i32,
+    data_id: Option<String>,
+    events: Vec<BackendEvent>,
+) -> BoxFuture<'static, Done> {
     async move {
         let reports = || {
             events.iter().map(|event| StateReport {
@@ -134,7 +163,10 @@ pub fn report(app: App, drone_id: i32, events: Vec<BackendEvent>) -> BoxFuture<'
                 token: event.token,
             })
         };
-        let report = || FromDrone::ReportStates { drone_id, reports: reports().collect() };
+        let report = || {
+            let (data_id, reports) = (data_id.clone(), reports().collect());
+            FromDrone::ReportStates(ReportStates { drone_id, data_id, reports })
+        };
         let urgent = is_urgent(&app.hub, &events);
         let answer = patiently(&app, report, urgent, None).await;
         Done::Reported { events, answer }
@@ -155,6 +187,51 @@ pub fn acknowledge(app: App, drone_id: i32, action_ids: Vec<String>) -> BoxFutur
 pub fn record(app: App, command: FromDrone, message: MessageToDrone) -> BoxFuture<'static, Done> {
     async move { Done::Recorded { message, answer: patiently(&app, || command.clone(), true, None).await } }
         .boxed()
+}
+
+/// Compares a page with the state here, and has what follows from the whole list recorded after the last page. Repeating is
+/// harmless: each entry says the same again.
+pub fn page(
+    app: App,
+    drone_id: i32,
+    session: String,
+    listing: Option<Listing>,
+    page: BackendsPage,
+) -> BoxFuture<'static, Done> {
+    async move {
+        let view = app.store.local().view;
+        let is_last = page.last;
+        let compare = move || -> Result<Listing, PageError> {
+            let mut listing = match listing {
+                Some(listing) => listing,
+                None => {
+                    let drone = view.drone(drone_id).map_err(PageError::State)?;
+                    let drone = drone.filter(|drone| drone.session == session);
+                    let drone = drone.ok_or(PageError::OtherSession)?;
+                    Listing::begin(&view, drone_id, &drone).map_err(PageError::State)?
+                }
+            };
+            listing.page(&view, &page.backends).map_err(PageError::State)?;
+            Ok(listing)
+        };
+        let compared = tokio::task::spawn_blocking(compare).await;
+        let compared = compared
+            .unwrap_or_else(|error| Err(PageError::State(StateError::Read(format!("a list: {error}")))));
+        let listing = match compared {
+            Ok(listing) if is_last => listing,
+            other => return Done::Paged(other.map(Paged::More)),
+        };
+        let differences = listing.finish();
+        for entry in differences.entries {
+            match patiently(&app, || FromDrone::Listed(entry.clone()), true, None).await {
+                Ok(Outcome::Done) => {}
+                Ok(other) => return Done::Paged(Err(PageError::Unexpected(Box::new(other)))),
+                Err(error) => return Done::Paged(Err(PageError::Propose(error))),
+            }
+        }
+        Done::Paged(Ok(Paged::Complete(differences.not_held)))
+    }
+    .boxed()
 }
 
 #[cfg(test)]

@@ -3,8 +3,8 @@
 //! ```text
 //!            ┌── handshake, registration (an entry) ──┐
 //!   drone ═══╡ frames ─▶ session loop ──▶ proposals, batched over all sessions: renewals,
-//!   socket   │              │    │                    reports, acknowledgements, words on
-//!            │              │    │                    itself and on connections; heartbeats
+//!   socket   │              │    │                    reports, acknowledgements, lists, words
+//!            │              │    │                    on itself and on connections; heartbeats
 //!            ╘◀═ writer ◀───┘    └─◀─ applied state: due actions, newer sessions
 //! ```
 //!
@@ -17,13 +17,15 @@
 //!    them has passed.
 //! 3. State reports are proposed one batch at a time, in the order they came, and acknowledged after they are applied.
 //! 4. Every queue is bounded; what does not fit is left unanswered and the drone sends it again.
-//! 5. A spawn goes only to the incarnation for which it was made.
+//! 5. A spawn goes only to the incarnation for which it was made, or, to a drone of Plane's, once to the session.
+//! 6. One of our drones gets no action before its list of backends has taken effect (`holdfast_core::listing`).
 
 pub mod actions;
 pub mod drift;
 pub mod frames;
 pub mod heartbeats;
 mod jobs;
+mod lists;
 mod outbox;
 pub mod registry;
 pub mod renewals;
@@ -35,9 +37,10 @@ mod word;
 use crate::app::App;
 use crate::http::args::{PathArgs, QueryArgs};
 use crate::http::error::Failure;
-use axum::extract::State;
+use axum::Extension;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade};
+use axum::extract::{ConnectInfo, State};
 use axum::http::StatusCode;
 use axum::response::Response;
 use futures::stream::SplitSink;
@@ -45,6 +48,7 @@ use futures::{SinkExt, StreamExt};
 use holdfast_wire::ApiErrorKind;
 use holdfast_wire::limits::BODY_BYTES_MAX;
 use holdfast_wire::names::{check_cluster, check_name_or_empty};
+use std::net::SocketAddr;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tracing::Instrument;
@@ -94,6 +98,7 @@ pub async fn open(
     State(app): State<App>,
     PathArgs(cluster): PathArgs<String>,
     query: QueryArgs,
+    connection: Option<Extension<ConnectInfo<SocketAddr>>>,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Result<Response, Failure> {
     check_cluster("cluster", &cluster)?;
@@ -109,22 +114,24 @@ pub async fn open(
         return Err(Failure::stopping());
     }
     let place = app.open_socket()?;
+    let address = connection.map(|Extension(ConnectInfo(from))| from.ip().to_canonical().to_string());
+    let address = address.unwrap_or_default();
     let size = BODY_BYTES_MAX + OVERSIZE_ROOM_BYTES;
     let upgrade = upgrade.max_message_size(size).max_frame_size(size).read_buffer_size(READ_BUFFER_BYTES);
     Ok(upgrade.on_upgrade(move |socket| async move {
         // Counted, so that the process does not end before the drone was told to go elsewhere.
         let span = tracing::info_span!("drone", cluster, name = tracing::field::Empty);
-        let session = app.tasks.track_future(serve(app.clone(), cluster, pool, socket));
+        let session = app.tasks.track_future(serve(app.clone(), cluster, pool, address, socket));
         session.instrument(span).await;
         drop(place);
     }))
 }
 
-async fn serve(app: App, cluster: String, pool: String, socket: WebSocket) {
+async fn serve(app: App, cluster: String, pool: String, address: String, socket: WebSocket) {
     let (sink, mut stream) = socket.split();
     let (out, queue) = mpsc::channel(OUT_QUEUE_MAX);
     let mut writer = app.tasks.spawn(write(sink, queue));
-    let end = match start::start(&app, cluster, pool, &mut stream, &out).await {
+    let end = match start::start(&app, cluster, pool, address, &mut stream, &out).await {
         Ok((session, early)) => session.run(early, &mut stream).await,
         Err(end) => end,
     };

@@ -36,7 +36,8 @@ const _: () = assert!(
         < WAITING_MAX
 );
 
-fn bytes_of(message: &Message) -> usize {
+/// The payload of a frame.
+pub fn bytes_of(message: &Message) -> usize {
     match message {
         Message::Text(text) => text.len(),
         Message::Binary(bytes) | Message::Ping(bytes) | Message::Pong(bytes) => bytes.len(),

@@ -17,13 +17,14 @@ use futures::{FutureExt, StreamExt};
 use holdfast_core::command::HeartbeatItem;
 use holdfast_core::kv::StateError;
 use holdfast_core::limits::{ACKS_PER_ENTRY_MAX, REPORTS_PER_ENTRY_MAX};
-use holdfast_core::outcome::{Outcome, ReportOutcome};
+use holdfast_core::listing::Listing;
+use holdfast_core::outcome::Outcome;
 use holdfast_core::view::DueAction;
 use holdfast_wire::drone::{
-    Action, ActionMessage, BackendEvent, CLOSE_BAD_MESSAGE, CLOSE_GO_ELSEWHERE, CLOSE_NAME_TAKEN,
-    MessageFromDrone, MessageToDrone,
+    Action, ActionMessage, AskAgain, BackendEvent, BackendsPage, CLOSE_BAD_MESSAGE, CLOSE_GO_ELSEWHERE,
+    CLOSE_NAME_TAKEN, MessageFromDrone, MessageToDrone,
 };
-use holdfast_wire::{LeaseConfig, TerminationKind, TerminationReason};
+use holdfast_wire::{BackendStatus, LeaseConfig, TerminationKind, TerminationReason};
 use raft_store::ProposeError;
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -56,10 +57,12 @@ const UNRECORDED_ACTION: &str = "ak-0-";
 pub struct Session {
     app: App,
     outbox: Outbox,
-    drone_id: i32,
+    pub(super) drone_id: i32,
     session: String,
     /// Of the process at the other end.
     incarnation: String,
+    /// Of its data directory; `None`: a drone of Plane's.
+    data_id: Option<String>,
     place: Place,
     /// On this drone's actions and sessions.
     watch: Watch,
@@ -78,14 +81,36 @@ pub struct Session {
     word: Word,
     actions: Tracker,
     /// There may be actions that found no room yet.
-    more_actions: bool,
+    pub(super) more_actions: bool,
+    /// Pages of the drone's list of backends that were not looked at yet.
+    pub(super) pages: VecDeque<BackendsPage>,
+    /// What the pages before say. It is with the page that is in flight.
+    pub(super) listing: Option<Listing>,
+    paging: bool,
+    /// The list has taken effect; a drone of Plane's sends none. No action is sent before.
+    pub(super) is_listed: bool,
+    /// Backends listed so far.
+    pub(super) listed: usize,
+    /// The last page has come. A drone of Plane's sends none.
+    pub(super) list_ended: bool,
     /// Backends whose keys are not theirs.
-    ends: VecDeque<String>,
+    pub(super) ends: VecDeque<String>,
     ends_sent: u64,
     jobs: FuturesUnordered<BoxFuture<'static, Done>>,
 }
 
-fn damaged(error: StateError) -> End {
+/// The acknowledgement of a notice with the backends that the drone has to look at again.
+fn asking_again(message: MessageToDrone, idle: Vec<(String, u64)>) -> MessageToDrone {
+    match message {
+        MessageToDrone::AckActivity { activity_id, .. } => {
+            let again = idle.into_iter().map(|(backend, in_ms)| AskAgain { backend, in_ms }).collect();
+            MessageToDrone::AckActivity { activity_id, again }
+        }
+        other => other,
+    }
+}
+
+pub(super) fn damaged(error: StateError) -> End {
     tracing::error!(%error, "reading the state failed");
     End::close(CLOSE_GO_ELSEWHERE, "reading the state failed")
 }
@@ -97,19 +122,22 @@ impl Session {
         outbox: Outbox,
         drone_id: i32,
         session: String,
-        incarnation: String,
+        (incarnation, data_id): (String, Option<String>),
         place: Place,
         watch: Watch,
     ) -> Self {
         let name = app.store.local().view.drone(drone_id).ok().flatten().map(|drone| drone.name);
         let name = name.unwrap_or_else(|| drone_id.to_string());
-        let measured = app.drifts.enter(&session, &name, &incarnation);
+        let measured = app.drifts.enter(&session, &name);
         Self {
             app,
             outbox,
             drone_id,
             session,
             incarnation,
+            is_listed: data_id.is_none(),
+            list_ended: data_id.is_none(),
+            data_id,
             place,
             watch,
             heard: Instant::now(),
@@ -125,6 +153,10 @@ impl Session {
             word: Word::default(),
             actions: Tracker::default(),
             more_actions: false,
+            pages: VecDeque::new(),
+            listing: None,
+            paging: false,
+            listed: 0,
             ends: VecDeque::new(),
             ends_sent: 0,
             jobs: FuturesUnordered::new(),
@@ -186,7 +218,7 @@ impl Session {
         }
         match frame {
             Message::Text(text) => match frames::read(&text) {
-                Frame::Message(message) => self.message(message),
+                Frame::Message(message) => self.message(message)?,
                 Frame::Unknown(kind) => {
                     tracing::warn!(drone_id = self.drone_id, kind, "message of an unknown kind ignored");
                 }
@@ -201,7 +233,7 @@ impl Session {
         Ok(())
     }
 
-    fn message(&mut self, message: MessageFromDrone) {
+    fn message(&mut self, message: MessageFromDrone) -> Result<(), End> {
         match message {
             MessageFromDrone::Heartbeat(heartbeat) => {
                 let mine_ms = i64::try_from(self.heard.duration_since(self.began).as_millis());
@@ -234,7 +266,9 @@ impl Session {
             MessageFromDrone::BackendMetrics(_) => {}
             MessageFromDrone::Draining {} => self.word.leaving(),
             MessageFromDrone::BackendActivity(activity) => self.word.activity(activity),
+            MessageFromDrone::Backends(page) => return self.page(page),
         }
+        Ok(())
     }
 
     fn queue_renewal(&mut self, request: renewals::Request) {
@@ -273,7 +307,7 @@ impl Session {
             let count = self.reports.len().min(REPORTS_PER_ENTRY_MAX);
             let events = self.reports.drain(..count).collect();
             self.reporting = true;
-            self.jobs.push(jobs::report(self.app.clone(), self.drone_id, events));
+            self.jobs.push(jobs::report(self.app.clone(), self.drone_id, self.data_id.clone(), events));
         }
         if !self.acknowledging && !self.acks.is_empty() {
             let count = self.acks.len().min(ACKS_PER_ENTRY_MAX);
@@ -281,9 +315,17 @@ impl Session {
             self.acknowledging = true;
             self.jobs.push(jobs::acknowledge(self.app.clone(), self.drone_id, action_ids));
         }
+        if !self.paging
+            && let Some(page) = self.pages.pop_front()
+        {
+            self.paging = true;
+            let (session, listing) = (self.session.clone(), self.listing.take());
+            self.jobs.push(jobs::page(self.app.clone(), self.drone_id, session, listing, page));
+        }
         while self.word.waits() && !self.outbox.is_busy() {
             let (view, _, drone_id) = self.view();
-            match self.word.next(drone_id, &self.session, &view).map_err(damaged)? {
+            let from = (self.session.as_str(), self.incarnation.as_str());
+            match self.word.next(drone_id, from, &view).map_err(damaged)? {
                 Some(Next::Answer(message)) => self.send(&message)?,
                 Some(Next::Record { command, answer }) => {
                     self.jobs.push(jobs::record(self.app.clone(), command, answer));
@@ -324,10 +366,15 @@ impl Session {
                 self.word.recorded();
                 match answer {
                     Ok(Outcome::Done) => self.send(&message),
+                    Ok(Outcome::Idle(idle)) => self.send(&asking_again(message, idle)),
                     Ok(other) => Err(self.unexpected(&other)),
                     // Without an answer the drone says it again.
                     Err(error) => self.failed("a word of the drone", &error),
                 }
+            }
+            Done::Paged(paged) => {
+                self.paging = false;
+                self.paged(paged)
             }
         }
     }
@@ -340,7 +387,7 @@ impl Session {
         }
     }
 
-    fn unexpected(&self, outcome: &Outcome) -> End {
+    pub(super) fn unexpected(&self, outcome: &Outcome) -> End {
         tracing::error!(drone_id = self.drone_id, ?outcome, "unexpected outcome");
         End::close(CLOSE_GO_ELSEWHERE, "unexpected outcome")
     }
@@ -356,13 +403,16 @@ impl Session {
             Err(error) => return self.failed("a report", &error),
         };
         for (event, outcome) in events.iter().zip(outcomes) {
-            if matches!(outcome, ReportOutcome::NotHolder | ReportOutcome::Unknown) {
+            if outcome.must_end() {
+                if event.state.status() != BackendStatus::Terminated && self.ends.len() < ENDS_QUEUED_MAX {
+                    self.ends.push_back(event.backend_id.clone());
+                }
                 tracing::warn!(
                     drone_id = self.drone_id,
                     backend = %event.backend_id,
                     state = %event.state.status(),
                     ?outcome,
-                    "report not recorded"
+                    "a report of a backend that must not run"
                 );
             }
             self.send(&MessageToDrone::AckEvent { event_id: event.event_id })?;
@@ -376,8 +426,7 @@ impl Session {
         outcomes: &[holdfast_core::outcome::RenewOutcome],
         lease: &LeaseConfig,
     ) -> Result<(), End> {
-        let lease = self.measured.drift.lease(*lease);
-        let answers = renewals::answers(requests, outcomes, &lease, Instant::now());
+        let answers = renewals::answers(requests, outcomes, lease, Instant::now());
         for message in &answers.messages {
             self.send(message)?;
         }
@@ -395,10 +444,10 @@ impl Session {
         }
     }
 
-    /// Tells the drone to end backends that hold no key. These actions are not in the state: the drone's next renewal
-    /// would be refused again.
+    /// Tells the drone to end backends that hold no key. These actions are not in the state: the drone's next renewal, list
+    /// or report of the backend is answered in the same way.
     fn send_ends(&mut self) -> Result<(), End> {
-        while !self.outbox.is_busy() {
+        while self.is_listed && !self.outbox.is_busy() {
             let Some(backend_id) = self.ends.pop_front() else { break };
             self.ends_sent += 1;
             self.send(&MessageToDrone::Action(ActionMessage {
@@ -451,7 +500,9 @@ impl Session {
         let room = self.room();
         let again = self
             .actions
-            .again(Instant::now(), room, |after, limit| view.due_actions(drone_id, after, now_ms, limit))
+            .again(Instant::now(), room, |after, limit| {
+                view.due_actions(drone_id, &self.session, after, now_ms, limit)
+            })
             .map_err(damaged)?;
         self.send_actions(again)
     }
@@ -466,7 +517,9 @@ impl Session {
         let room = self.room();
         let fresh = self
             .actions
-            .fresh(Instant::now(), room, |after, limit| view.due_actions(drone_id, after, now_ms, limit))
+            .fresh(Instant::now(), room, |after, limit| {
+                view.due_actions(drone_id, &self.session, after, now_ms, limit)
+            })
             .map_err(damaged)?;
         self.more_actions = fresh.len() >= room;
         self.send_actions(fresh)
@@ -484,11 +537,8 @@ impl Session {
 
     fn send_actions(&mut self, due: Vec<DueAction>) -> Result<(), End> {
         for action in due {
-            match actions::message(self.drone_id, &self.incarnation, &self.measured.drift, action) {
-                Ok(Some(message)) => self.send(&MessageToDrone::Action(message))?,
-                Ok(None) => {
-                    tracing::debug!(drone_id = self.drone_id, "a spawn of another incarnation was left out");
-                }
+            match actions::message(self.drone_id, action) {
+                Ok(message) => self.send(&MessageToDrone::Action(message))?,
                 Err(error) => {
                     tracing::error!(drone_id = self.drone_id, %error, "an executable in the state is not JSON");
                 }
@@ -497,7 +547,7 @@ impl Session {
         Ok(())
     }
 
-    fn send(&mut self, message: &MessageToDrone) -> Result<(), End> {
+    pub(super) fn send(&mut self, message: &MessageToDrone) -> Result<(), End> {
         match serde_json::to_string(message) {
             // It would end every session that sent it, and each next one would send it again.
             Ok(text) if text.len() > DRONE_FRAME_BYTES_MAX => {

@@ -1,6 +1,6 @@
 //! How a session begins: the drone says who it is, and an entry gives it its number.
 
-use super::outbox::Outbox;
+use super::outbox::{self, Outbox};
 use super::run::Session;
 use super::{End, frames};
 use crate::app::App;
@@ -16,7 +16,6 @@ use holdfast_wire::FieldError;
 use holdfast_wire::drone::{
     CLOSE_BAD_MESSAGE, CLOSE_GO_ELSEWHERE, CLOSE_NAME_TAKEN, ControllerHandshake, DroneHandshake, VersionInfo,
 };
-use holdfast_wire::limits::BODY_BYTES_MAX;
 use holdfast_wire::names::{check_drone_name, check_text};
 use raft_store::ProposeError;
 use std::time::{Duration, Instant};
@@ -29,6 +28,9 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 const REGISTER_DEADLINE: Duration = Duration::from_millis(1800);
 /// Frames of a drone that does not wait for the answer to its handshake. More are left unread meanwhile.
 const EARLY_FRAMES_MAX: usize = 64;
+/// Bytes of the handshake, and bytes of the frames that are kept before the drone is registered: no more frames are read
+/// once they have so many, and one that would exceed it ends the connection.
+const EARLY_BYTES_MAX: usize = 64 * 1024;
 /// Longest incarnation, version or git hash, in bytes.
 const HANDSHAKE_TEXT_BYTES_MAX: usize = 128;
 
@@ -38,8 +40,8 @@ fn elsewhere(reason: impl std::fmt::Display) -> End {
 
 /// Reads the first frame.
 fn read(text: &str) -> Result<DroneHandshake, String> {
-    if text.len() > BODY_BYTES_MAX {
-        return Err("the handshake is too large".to_owned());
+    if text.len() > EARLY_BYTES_MAX {
+        return Err(format!("the handshake is {} bytes, at most {EARLY_BYTES_MAX} are allowed", text.len()));
     }
     let handshake: DroneHandshake =
         serde_json::from_str(text).map_err(|error| format!("not a handshake: {error}"))?;
@@ -51,12 +53,21 @@ fn check(handshake: &DroneHandshake) -> Result<(), FieldError> {
     check_drone_name("name", &handshake.name)?;
     check_text("version.version", &handshake.version.version, HANDSHAKE_TEXT_BYTES_MAX)?;
     check_text("version.git_hash", &handshake.version.git_hash, HANDSHAKE_TEXT_BYTES_MAX)?;
-    match &handshake.incarnation {
-        Some(incarnation) if incarnation.is_empty() => {
-            Err(FieldError::new("incarnation", "must not be empty"))
+    for (field, value) in [("incarnation", &handshake.incarnation), ("data_id", &handshake.data_id)] {
+        match value {
+            Some(value) if value.is_empty() => return Err(FieldError::new(field, "must not be empty")),
+            Some(value) => check_text(field, value, HANDSHAKE_TEXT_BYTES_MAX)?,
+            None => {}
         }
-        Some(incarnation) => check_text("incarnation", incarnation, HANDSHAKE_TEXT_BYTES_MAX),
-        None => Ok(()),
+    }
+    match (&handshake.incarnation, &handshake.data_id) {
+        (Some(_), None) => {
+            Err(FieldError::new("data_id", "is missing: a drone that gives an incarnation gives both"))
+        }
+        (None, Some(_)) => {
+            Err(FieldError::new("incarnation", "is missing: a drone that gives a data_id gives both"))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -101,13 +112,21 @@ async fn while_open<T>(
     work: impl Future<Output = Result<T, End>>,
 ) -> Result<T, End> {
     tokio::pin!(work);
+    let mut bytes = 0;
     loop {
         tokio::select! {
             // What has ended is not begun.
             biased;
             frame = stream.next(), if early.len() < EARLY_FRAMES_MAX => match frame {
                 Some(Ok(Message::Close(_)) | Err(_)) | None => return Err(End::Gone),
-                Some(Ok(frame)) => early.push(frame),
+                Some(Ok(frame)) => {
+                    bytes += outbox::bytes_of(&frame);
+                    if bytes > EARLY_BYTES_MAX {
+                        let reason = format!("more than {EARLY_BYTES_MAX} bytes came before the registration");
+                        return Err(End::close(CLOSE_BAD_MESSAGE, reason));
+                    }
+                    early.push(frame);
+                }
             },
             done = &mut work => return done,
         }
@@ -124,6 +143,7 @@ pub async fn start(
     app: &App,
     cluster: String,
     pool: String,
+    address: String,
     stream: &mut SplitStream<WebSocket>,
     out: &mpsc::Sender<Message>,
 ) -> Result<(Session, Vec<Message>), End> {
@@ -136,13 +156,14 @@ pub async fn start(
     let end = Instant::now() + REGISTER_DEADLINE;
     tracing::Span::current().record("name", &handshake.name);
     let incarnation = handshake.incarnation.clone().unwrap_or_else(ids::session);
+    let data_id = handshake.data_id.clone();
     let session = ids::session();
     // Entered before it is registered, so that nobody takes it for dead in between.
     let place = app.sessions.enter(&session);
     let mut early = Vec::new();
     let registered = async {
         let (drone_id, index) =
-            register(app, cluster, pool, handshake, incarnation.clone(), &session, end).await?;
+            register(app, (cluster, pool, address), handshake, incarnation.clone(), &session, end).await?;
         // Invariant 1 of the session.
         app.store.wait_applied(index, left(end)).await.map_err(elsewhere)?;
         Ok(drone_id)
@@ -165,7 +186,8 @@ pub async fn start(
     out.try_send(Message::Text(text.into())).map_err(|_| End::Gone)?;
     tracing::info!(drone_id, session, "drone session started");
     let outbox = Outbox::new(out.clone());
-    Ok((Session::new(app.clone(), outbox, drone_id, session, incarnation, place, watch), early))
+    let process = (incarnation, data_id);
+    Ok((Session::new(app.clone(), outbox, drone_id, session, process, place, watch), early))
 }
 
 /// Registers the session before `end` and returns the drone's number and the entry's index.
@@ -176,8 +198,7 @@ pub async fn start(
 /// to a second (its `BACKOFF_MAX`). Nothing is lost by it: renewals, reports and actions are repeated.
 async fn register(
     app: &App,
-    cluster: String,
-    pool: String,
+    (cluster, pool, address): (String, String, String),
     handshake: DroneHandshake,
     incarnation: String,
     session: &str,
@@ -204,6 +225,8 @@ async fn register(
         name: handshake.name,
         pool,
         incarnation,
+        data_id: handshake.data_id,
+        address,
         session: session.to_owned(),
         controller: app.settings.store.id,
         take_over,
@@ -268,6 +291,11 @@ mod tests {
         let mut stream = futures::stream::repeat_with(ping);
         assert_eq!(while_open(&mut stream, &mut early, async { Ok(5) }).await, Ok(5));
         assert_eq!(early.len(), EARLY_FRAMES_MAX);
+        // Nor do they hold more bytes than a handshake may.
+        let large = |bytes: usize| Ok(Message::Binary(vec![0; bytes].into()));
+        let mut stream = futures::stream::iter([large(EARLY_BYTES_MAX), large(1)]);
+        let ended = while_open(&mut stream, &mut Vec::new(), std::future::pending::<Result<(), End>>()).await;
+        assert!(matches!(&ended, Err(End::Close { code: CLOSE_BAD_MESSAGE, .. })), "{ended:?}");
     }
 
     fn text(change: serde_json::Value) -> String {
@@ -285,7 +313,11 @@ mod tests {
             (json!({"name": "a"}), "name"),
             (json!({"name": "dr-A"}), "name"),
             (json!({"incarnation": ""}), "incarnation"),
-            (json!({"incarnation": "x".repeat(129)}), "incarnation"),
+            (json!({"incarnation": "x".repeat(129), "data_id": "m"}), "incarnation"),
+            (json!({"incarnation": "i"}), "data_id"),
+            (json!({"data_id": "m"}), "incarnation"),
+            (json!({"incarnation": "i", "data_id": ""}), "data_id"),
+            (json!({"name": format!("dr-{}", "a".repeat(EARLY_BYTES_MAX))}), "the handshake is"),
             (json!({"version": {"version": "\n", "git_hash": ""}}), "version.version"),
             (json!({"version": 5}), "not a handshake"),
         ] {
@@ -301,7 +333,11 @@ mod tests {
             name: "dr-a".into(),
             pool: String::new(),
             incarnation: incarnation.into(),
+            data_id: Some("m".into()),
             session: "s".into(),
+            address: String::new(),
+            registered_index: 1,
+            is_listed: true,
             controller: 1,
             version: String::new(),
             git_hash: String::new(),
@@ -311,6 +347,7 @@ mod tests {
             heartbeat: None,
             drain_deadline_ms: None,
             leaving: false,
+            heard_filed_at_ms: None,
         }
     }
 

@@ -36,8 +36,6 @@ pub struct Word {
     leaving: bool,
     activities: VecDeque<BackendActivity>,
     under_way: bool,
-    /// Of the last activity that was proposed.
-    number: u64,
 }
 
 impl Word {
@@ -62,7 +60,7 @@ impl Word {
     pub fn next<R: ReadState>(
         &mut self,
         drone_id: i32,
-        session: &str,
+        (session, incarnation): (&str, &str),
         view: &View<R>,
     ) -> Result<Option<Next>, StateError> {
         if self.under_way {
@@ -90,8 +88,8 @@ impl Word {
             return Ok(Some(Next::Answer(answer)));
         }
         self.under_way = true;
-        self.number += 1;
-        let command = FromDrone::Activity { drone_id, session, number: self.number, items };
+        let (incarnation, activity_id) = (incarnation.to_owned(), activity.activity_id);
+        let command = FromDrone::Activity { drone_id, incarnation, activity_id, items };
         Ok(Some(Next::Record { command, answer }))
     }
 
@@ -111,7 +109,7 @@ mod tests {
     use super::*;
     use holdfast_core::codec::encode;
     use holdfast_core::kv::{MemState, Table, Writes, keys};
-    use holdfast_core::records::{BackendRecord, DroneRecord};
+    use holdfast_core::records::{BackendRecord, DroneRecord, Presence};
 
     fn activity(activity_id: i64, backends: &[(&str, u64)]) -> BackendActivity {
         let item = |(backend, connections): &(&str, u64)| ActivityItem {
@@ -129,8 +127,12 @@ mod tests {
             cluster: String::new(),
             name: String::new(),
             pool: String::new(),
-            incarnation: String::new(),
+            incarnation: "i".into(),
+            data_id: Some("m".into()),
             session: "s".into(),
+            address: String::new(),
+            registered_index: 1,
+            is_listed: true,
             controller: 1,
             version: String::new(),
             git_hash: String::new(),
@@ -140,13 +142,17 @@ mod tests {
             heartbeat: None,
             drain_deadline_ms: None,
             leaving,
+            heard_filed_at_ms: None,
         };
         let backend = |max_idle_seconds| BackendRecord {
             key: holdfast_wire::KeyConfig::default(),
             cluster: String::new(),
             drone_id: 1,
+            presence: Presence::Expected,
             drone: String::new(),
-            incarnation: String::new(),
+            data_id: Some("m".into()),
+            spawn_repeated: false,
+            id_supplied: false,
             token: 9,
             history: Vec::new(),
             termination_asked: None,
@@ -170,19 +176,19 @@ mod tests {
     }
 
     #[test]
-    fn words_are_recorded_one_at_a_time_and_numbered_in_their_order() {
+    fn words_are_recorded_one_at_a_time_in_their_order() {
         let view = state(false);
         let mut word = Word::default();
         assert!(!word.waits());
         word.activity(activity(5, &[("limited", 2)]));
         word.activity(activity(6, &[("limited", 0), ("free", 1), ("elsewhere", 0)]));
-        let next = |word: &mut Word| word.next(1, "s", &view).unwrap();
-        let Some(Next::Record { command: FromDrone::Activity { number, items, .. }, answer }) =
+        let next = |word: &mut Word| word.next(1, ("s", "i"), &view).unwrap();
+        let Some(Next::Record { command: FromDrone::Activity { activity_id, items, .. }, answer }) =
             next(&mut word)
         else {
             panic!("nothing to record")
         };
-        assert_eq!((number, items.len(), items[0].idle_ms), (1, 1, None));
+        assert_eq!((activity_id, items.len(), items[0].idle_ms), (5, 1, None));
         assert_eq!(answer, MessageToDrone::AckActivity { activity_id: 5, again: Vec::new() });
         word.leaving();
         assert!(!word.waits() && next(&mut word).is_none(), "one is under way");
@@ -191,13 +197,14 @@ mod tests {
         let answer = MessageToDrone::AckDraining {};
         assert_eq!(next(&mut word), Some(Next::Record { command: leaving, answer }));
         word.recorded();
-        let Some(Next::Record { command: FromDrone::Activity { number, items, .. }, .. }) = next(&mut word)
+        let Some(Next::Record { command: FromDrone::Activity { activity_id, items, .. }, .. }) =
+            next(&mut word)
         else {
             panic!("nothing to record")
         };
         // One that is not known here yet is left to the entry.
         let backends: Vec<_> = items.iter().map(|item| (item.backend_id.as_str(), item.idle_ms)).collect();
-        assert_eq!((number, backends), (2, vec![("limited", Some(5)), ("elsewhere", Some(5))]));
+        assert_eq!((activity_id, backends), (6, vec![("limited", Some(5)), ("elsewhere", Some(5))]));
         word.recorded();
         assert!(!word.waits() && next(&mut word).is_none());
     }
@@ -208,12 +215,15 @@ mod tests {
         let mut word = Word::default();
         word.leaving();
         word.activity(activity(5, &[("free", 1)]));
-        assert_eq!(word.next(1, "s", &view).unwrap(), Some(Next::Answer(MessageToDrone::AckDraining {})));
+        assert_eq!(
+            word.next(1, ("s", "i"), &view).unwrap(),
+            Some(Next::Answer(MessageToDrone::AckDraining {}))
+        );
         let answer = Next::Answer(MessageToDrone::AckActivity { activity_id: 5, again: Vec::new() });
-        assert_eq!(word.next(1, "s", &view).unwrap(), Some(answer));
+        assert_eq!(word.next(1, ("s", "i"), &view).unwrap(), Some(answer));
         // Said by an earlier session of the drone.
         word.leaving();
-        assert!(matches!(word.next(1, "t", &view).unwrap(), Some(Next::Record { .. })));
+        assert!(matches!(word.next(1, ("t", "i"), &view).unwrap(), Some(Next::Record { .. })));
     }
 
     #[test]

@@ -144,7 +144,16 @@ impl Server {
     pub async fn wait_for_drone(&self, name: &str) {
         wait_until(name, || {
             let drone = self.store.local().view.drone_by_name(CLUSTER, name).unwrap();
-            drone.is_some_and(|(_, drone)| drone.heartbeat.is_some())
+            drone.is_some_and(|(_, drone)| drone.heartbeat.is_some() && drone.is_listed)
+        })
+        .await;
+    }
+
+    pub async fn wait_until_no_action(&self, name: &str) {
+        wait_until("the acknowledgements of all actions", || {
+            let local = self.store.local();
+            let (id, drone) = local.view.drone_by_name(CLUSTER, name).unwrap().unwrap();
+            local.view.due_actions(id, &drone.session, None, local.now_ms, 1).unwrap().is_empty()
         })
         .await;
     }
@@ -209,26 +218,59 @@ pub struct Drone {
 
 impl Drone {
     async fn open(server: &Server, name: &str, incarnation: Option<&str>, pool: &str) -> Self {
+        Self::open_on(server, name, incarnation, pool, &format!("disk of {name}")).await
+    }
+
+    /// As [`Self::connect`], on a data directory of its own.
+    pub async fn connect_on(server: &Server, name: &str, incarnation: &str, disk: &str) -> Self {
+        let mut drone = Self::open_on(server, name, Some(incarnation), "", disk).await;
+        drone.begin(server).await;
+        drone.list(json!([])).await;
+        drone
+    }
+
+    async fn open_on(server: &Server, name: &str, incarnation: Option<&str>, pool: &str, disk: &str) -> Self {
         let url = format!("ws://{}/ctrl/c/{CLUSTER}/drone-socket?pool={pool}", server.addr);
         let (socket, _) = tokio_tungstenite::connect_async(url).await.unwrap();
         let mut drone = Self { socket };
         let mut handshake = json!({"version": {"version": "1", "git_hash": "x"}, "name": name});
         if let Some(incarnation) = incarnation {
             handshake["incarnation"] = json!(incarnation);
+            handshake["data_id"] = json!(disk);
         }
         drone.send(&handshake).await;
         drone
     }
 
-    /// Opens a session and sends the first heartbeat.
+    /// Opens a session, lists nothing, and sends the first heartbeat.
     pub async fn connect(server: &Server, name: &str, incarnation: Option<&str>, pool: &str) -> Self {
+        let mut drone = Self::unlisted(server, name, incarnation, pool).await;
+        if incarnation.is_some() {
+            drone.list(json!([])).await;
+        }
+        drone
+    }
+
+    /// Sends a list of one page and waits until it has taken effect.
+    pub async fn list(&mut self, backends: Value) {
+        self.send(&json!({"Backends": {"backends": backends, "last": true}})).await;
+        self.next("AckBackends").await;
+    }
+
+    /// Opens a session and sends the first heartbeat, but no list.
+    pub async fn unlisted(server: &Server, name: &str, incarnation: Option<&str>, pool: &str) -> Self {
         let mut drone = Self::open(server, name, incarnation, pool).await;
-        let handshake = drone.read().await;
+        drone.begin(server).await;
+        drone
+    }
+
+    /// Reads the controller's handshake and sends the first heartbeat.
+    async fn begin(&mut self, server: &Server) {
+        let handshake = self.read().await;
         assert!(handshake["name"].as_str().unwrap().starts_with("controller-"));
         assert_eq!(handshake["lease"]["expiry_ms"], server.lease.expiry_ms);
         assert!(handshake["cluster_id"].is_string());
-        drone.send(&json!({"Heartbeat": {"local_time": LOCAL_TIME_MS}})).await;
-        drone
+        self.send(&json!({"Heartbeat": {"local_time": LOCAL_TIME_MS}})).await;
     }
 
     /// The close code of a session that must not begin.

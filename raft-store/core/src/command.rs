@@ -64,12 +64,7 @@ pub enum Command {
     /// Heartbeats, coalesced.
     Heartbeats(Vec<HeartbeatItem>),
     /// State reports of one drone, in the order it made them.
-    ReportStates {
-        /// The reporting drone.
-        drone_id: i32,
-        /// The reports.
-        reports: Vec<StateReport>,
-    },
+    ReportStates(ReportStates),
     /// A drone received actions.
     AckActions {
         /// The drone.
@@ -123,12 +118,7 @@ pub enum FromDrone {
     /// As [`Command::Renew`].
     Renew(Renew),
     /// As [`Command::ReportStates`].
-    ReportStates {
-        /// The reporting drone.
-        drone_id: i32,
-        /// The reports.
-        reports: Vec<StateReport>,
-    },
+    ReportStates(ReportStates),
     /// As [`Command::AckActions`].
     AckActions {
         /// The drone.
@@ -136,14 +126,14 @@ pub enum FromDrone {
         /// Their ids.
         action_ids: Vec<String>,
     },
-    /// What a drone sees of its backends' connections. Of another session than the drone's it is ignored.
+    /// What a drone sees of its backends' connections. Of another incarnation than the drone's it is ignored.
     Activity {
         /// The reporting drone.
         drone_id: i32,
-        /// The session it came on.
-        session: String,
-        /// Number of the report, counted from 1 in each session: of two for one backend the later one holds.
-        number: u64,
+        /// The incarnation that says so.
+        incarnation: String,
+        /// Number of the notice, which grows within the incarnation: of two about one backend the later one holds.
+        activity_id: i64,
         /// What it sees.
         items: Vec<ActivityReport>,
     },
@@ -154,6 +144,9 @@ pub enum FromDrone {
         /// The session it came on.
         session: String,
     },
+    /// What follows from a drone's list of backends: see [`crate::listing`]. Of another session than the drone's it is
+    /// ignored.
+    Listed(Listed),
 }
 
 impl FromDrone {
@@ -161,10 +154,11 @@ impl FromDrone {
     pub fn items(&self) -> usize {
         1 + match self {
             Self::Renew(renew) => renew.keys.len(),
-            Self::ReportStates { reports, .. } => reports.len(),
+            Self::ReportStates(report) => report.reports.len(),
             Self::AckActions { action_ids, .. } => action_ids.len(),
             Self::Activity { items, .. } => items.len(),
             Self::Leaving { .. } => 0,
+            Self::Listed(listed) => listed.items(),
         }
     }
 }
@@ -247,6 +241,10 @@ pub struct RegisterDrone {
     pub pool: String,
     /// One for each start of the drone's process. For a drone that gives none the controller makes one per session.
     pub incarnation: String,
+    /// One for each data directory; `None` for a drone of Plane's.
+    pub data_id: Option<String>,
+    /// IP address that the session came from; empty if it is not known.
+    pub address: String,
     /// Random, one per session: later commands of an older session are refused.
     pub session: String,
     /// Member id of the controller that serves the session.
@@ -269,6 +267,41 @@ pub struct HeartbeatItem {
     pub session: String,
     /// The drone's clock, in milliseconds.
     pub local_time_ms: i64,
+}
+
+/// See [`Command::ReportStates`].
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct ReportStates {
+    /// The reporting drone.
+    pub drone_id: i32,
+    /// Data directory of the process that reports; `None` for a drone of Plane's.
+    pub data_id: Option<String>,
+    /// The reports.
+    pub reports: Vec<StateReport>,
+}
+
+/// Part of what follows from a drone's complete list; at most [`crate::limits::LISTED_PER_ENTRY_MAX`] backends.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Listed {
+    /// The drone.
+    pub drone_id: i32,
+    /// The session that sent the list.
+    pub session: String,
+    /// Backends that it did not list, with their tokens.
+    pub absent: Vec<(String, u64)>,
+    /// Listed backends whose end was asked for: the drone is asked again.
+    pub ending: Vec<String>,
+    /// Listed backends whose spawn was not acknowledged: the drone has it.
+    pub received: Vec<String>,
+    /// Nothing follows: the list takes effect.
+    pub last: bool,
+}
+
+impl Listed {
+    /// How many backends it names.
+    pub fn items(&self) -> usize {
+        self.absent.len() + self.ending.len() + self.received.len()
+    }
 }
 
 /// One state report.
@@ -299,8 +332,8 @@ pub struct ActivityReport {
 pub struct Sweep {
     /// Keys that looked expired, with the token that was seen; at most [`crate::limits::SWEEP_KEYS_MAX`].
     pub keys: Vec<SweepKey>,
-    /// Also delete up to [`crate::limits::SWEEP_RECORDS_MAX`] terminated backends and idempotency records that are
-    /// past their time.
+    /// Also delete up to [`crate::limits::SWEEP_RECORDS_MAX`] each of the terminated backends, idempotency records,
+    /// supplied ids and silent drones that are past their time.
     pub records: bool,
 }
 

@@ -7,14 +7,17 @@
 //! | `key_expiry` | `{expires_at_ms: u64 BE}{namespace}\0{name}` | token, u64 BE |
 //! | `backends` | `{backend id}` | [`crate::records::BackendRecord`] |
 //! | `terminated` | `{terminated_at_ms: u64 BE}{backend id}` | empty |
-//! | `supplied_ids` | `{backend id}` | empty |
+//! | `supplied_ids` | `{backend id}` | empty; from the acquisition until the id is forgotten |
 //! | `drones` | `{drone id: u32 BE}` | [`crate::records::DroneRecord`] |
 //! | `drone_names` | `{cluster}\0{name}` | drone id, u32 BE |
 //! | `actions` | `{drone id: u32 BE}{log index: u64 BE}{sub: u32 BE}` | [`crate::records::ActionRecord`] |
 //! | `idempotency` | `{idempotency key}` | [`crate::records::IdempotencyRecord`] |
 //! | `idempotency_expiry` | `{expires_at_ms: u64 BE}{idempotency key}` | empty |
 //! | `backend_ends` | `{ends_at_ms: u64 BE}{backend id}` | empty; one for each backend that a limit will end ([`crate::records::BackendRecord::ends_at_ms`]) |
-//! | `drain_ends` | `{drain_deadline_ms: u64 BE}{drone id: u32 BE}` | `{backend id}`: how far the pass over all backends has come that ends those of the drone; empty before it begins, and the entry goes with its end |
+//! | `drain_ends` | `{drain_deadline_ms: u64 BE}{drone id: u32 BE}` | `{backend id}`: how far the pass over the drone's backends has come; empty before it begins, and the entry goes with its end |
+//! | `drone_backends` | `{drone id: u32 BE}{backend id}` | token, u64 BE; one for each backend that has not terminated |
+//! | `drones_heard` | `{heard_at_ms: u64 BE}{drone id: u32 BE}` | empty; by [`crate::records::DroneRecord::heard_filed_at_ms`] |
+//! | `supplied_ends` | `{forget_at_ms: u64 BE}{backend id}` | empty; one for each supplied id whose backend has ended |
 //!
 //! Names hold no control characters, so `\0` separates and keeps the order of (namespace, name). Values are
 //! [`crate::codec`] records: a version byte, then bincode.
@@ -41,11 +44,14 @@ pub enum Table {
     IdempotencyExpiry = 10,
     BackendEnds = 11,
     DrainEnds = 12,
+    DroneBackends = 13,
+    DronesHeard = 14,
+    SuppliedEnds = 15,
 }
 
 impl Table {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Table; 13] = [
+    pub const ALL: [Table; 16] = [
         Table::Meta,
         Table::Keys,
         Table::KeyExpiry,
@@ -59,6 +65,9 @@ impl Table {
         Table::IdempotencyExpiry,
         Table::BackendEnds,
         Table::DrainEnds,
+        Table::DroneBackends,
+        Table::DronesHeard,
+        Table::SuppliedEnds,
     ];
 
     /// Name of the column family.
@@ -77,6 +86,9 @@ impl Table {
             Table::IdempotencyExpiry => "idempotency_expiry",
             Table::BackendEnds => "backend_ends",
             Table::DrainEnds => "drain_ends",
+            Table::DroneBackends => "drone_backends",
+            Table::DronesHeard => "drones_heard",
+            Table::SuppliedEnds => "supplied_ends",
         }
     }
 }
@@ -365,6 +377,24 @@ pub mod keys {
     /// Takes [`drone`] apart.
     pub fn split_drone(key: &[u8]) -> Option<i32> {
         Some(u32::from_be_bytes(key.try_into().ok()?).cast_signed())
+    }
+
+    /// Key of a backend among those of its drone.
+    pub fn drone_backend(drone_id: i32, backend_id: &str) -> Vec<u8> {
+        let mut key = drone(drone_id);
+        key.extend_from_slice(backend_id.as_bytes());
+        key
+    }
+
+    /// Takes [`drone_backend`] apart: the backend's id.
+    pub fn split_drone_backend(key: &[u8]) -> Option<&str> {
+        let (_, id) = key.split_first_chunk::<4>()?;
+        std::str::from_utf8(id).ok()
+    }
+
+    /// The first key after all that begin with a drone's id.
+    pub fn after_drone(drone_id: i32) -> Vec<u8> {
+        drone_id.cast_unsigned().saturating_add(1).to_be_bytes().to_vec()
     }
 
     /// Key of an action.

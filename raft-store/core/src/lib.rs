@@ -28,6 +28,7 @@ pub mod codec;
 pub mod command;
 pub mod kv;
 pub mod limits;
+pub mod listing;
 pub mod outcome;
 pub mod records;
 pub mod view;

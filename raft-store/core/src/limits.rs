@@ -3,7 +3,8 @@
 
 /// How long the answer to a request with an `Idempotency-Key` is kept, in milliseconds of cluster time.
 pub const IDEMPOTENCY_KEEP_MS: u64 = 10 * 60 * 1000;
-/// Most idempotency records; past it requests that carry a key are refused as overloaded.
+/// Most idempotency records; past it connects that carry a key are refused as overloaded. Other requests, which may be
+/// repeated without harm, are done without a record.
 pub const IDEMPOTENCY_RECORDS_MAX: u64 = 1_000_000;
 /// How long a terminated backend is kept, in milliseconds of cluster time, unless configured otherwise.
 pub const TERMINATED_KEEP_MS_DEFAULT: u64 = 60 * 60 * 1000;
@@ -13,17 +14,24 @@ pub const SWEEP_KEYS_MAX: usize = 512;
 pub const SWEEP_RECORDS_MAX: usize = 512;
 /// Most backends that one entry asks to end because of their limits.
 pub const ENDS_PER_ENTRY_MAX: usize = 512;
-/// Most backends that one entry looks at to find those of drones whose drain is due.
-pub const DRAIN_LOOKS_PER_ENTRY_MAX: usize = 512;
+/// Most backends of drones whose drain is due that one entry asks to end.
+pub const DRAIN_ENDS_PER_ENTRY_MAX: usize = 512;
 /// Most due drains that one entry looks at.
 pub const DRAINS_PER_ENTRY_MAX: usize = 512;
 /// Most activity reports in one entry.
 pub const ACTIVITIES_PER_ENTRY_MAX: usize = 1024;
-/// Least difference between two times since which a backend is said to be idle that counts, in milliseconds: the way of a
-/// report takes time, and one that is repeated must not make its backend younger.
-pub const IDLE_SLACK_MS: u64 = 1000;
-/// Most backend ids supplied by callers that are remembered as used; past it a supplied id is refused.
+/// Most backend ids supplied by callers that are remembered as used; past it a supplied id is refused until others are
+/// forgotten.
 pub const SUPPLIED_IDS_MAX: u64 = 10_000_000;
+/// For how long a supplied backend id is refused after its backend ended, in milliseconds of cluster time: thirty days.
+pub const SUPPLIED_ID_KEEP_MS: u64 = 30 * 24 * 60 * 60 * 1000;
+/// For how long the record of a drone is kept that is silent, has no backends and is not drained, in milliseconds of cluster
+/// time: one day.
+pub const DRONE_KEEP_MS: u64 = 24 * 60 * 60 * 1000;
+/// A drone is filed under a newer time once it was heard of so much later, in milliseconds: not with every heartbeat.
+pub const HEARD_REFILE_MS: u64 = 10_000;
+/// Most backends that one entry of a drone's list names.
+pub const LISTED_PER_ENTRY_MAX: usize = 1024;
 /// Most users whose tokens are revoked for one backend.
 pub const REVOKED_USERS_MAX: usize = 1000;
 /// Most renewals in one entry.

@@ -6,7 +6,7 @@ use holdfast_wire::{BackendState, KeyConfig, TerminationKind};
 /// Answer of one entry.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub enum Outcome {
-    /// Done, and there is nothing to add (heartbeats, acknowledgements, activity, tick, sweep).
+    /// Done, and there is nothing to add (heartbeats, acknowledgements, lists, tick, sweep).
     Done,
     /// [`crate::command::Command::FormCluster`]: whether this entry formed it.
     Formed(bool),
@@ -30,6 +30,9 @@ pub enum Outcome {
     Updated(bool),
     /// [`crate::command::Command::ReportStates`]: one for each report, in order.
     Reported(Vec<ReportOutcome>),
+    /// [`crate::command::FromDrone::Activity`]: backends that end as idle unless they are used before, and after how many
+    /// milliseconds.
+    Idle(Vec<(String, u64)>),
     /// [`crate::command::Command::Together`]: the outcome of each, in order.
     Together(Vec<Outcome>),
     /// [`crate::command::Command::Drain`].
@@ -56,8 +59,10 @@ pub struct Holder {
     pub token: u64,
     /// State of the backend.
     pub state: BackendState,
-    /// Whether somebody asked for its end.
+    /// The hardest end that was asked for.
     pub termination_asked: Option<TerminationKind>,
+    /// Its drone may not have it, or it is ending: see [`crate::records::BackendRecord::is_waited_for`].
+    pub is_waited_for: bool,
     /// One token for all connections.
     pub static_token: Option<String>,
     /// Proxy secret.
@@ -135,17 +140,27 @@ pub enum RenewOutcome {
     Unknown,
 }
 
-/// What became of one report. All of them are acknowledged to the drone.
+/// What became of one report. All of them are acknowledged to the drone. A living state that is answered by another
+/// outcome than the first two is of a backend that must not run: the drone is told to end it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
 pub enum ReportOutcome {
     /// Recorded.
     Recorded,
     /// Not later than what is recorded.
     Old,
-    /// The drone does not hold that backend, or the token differs.
+    /// It is recorded as terminated, or it is [leaving](crate::records::Presence::Leaving).
+    Ended,
+    /// The drone does not hold that backend: another drone, data directory or token has it.
     NotHolder,
     /// No such backend.
     Unknown,
+}
+
+impl ReportOutcome {
+    /// Whether a backend that lives must be ended.
+    pub fn must_end(self) -> bool {
+        !matches!(self, Self::Recorded | Self::Old)
+    }
 }
 
 /// Who has to look after an entry was applied.

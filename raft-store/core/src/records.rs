@@ -94,10 +94,19 @@ pub struct KeyRecord {
     pub indexed_at_ms: u64,
 }
 
-/// `termination_asked` of a backend whose undelivered spawn became void because its drone was started anew: it will
-/// never run, but only its key's expiry (or a report that nothing of it is left) frees the key, so a connect waits. If
-/// the spawn had been delivered after all, the drone's first report of the backend clears the mark.
-pub const VOIDED: (TerminationKind, TerminationReason) = (TerminationKind::Hard, TerminationReason::Lost);
+/// Whether the drone of a backend that has not ended has it, as far as the controllers know. No value frees a key: only a
+/// `terminated` report or the expiry does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub enum Presence {
+    /// The drone has it, or its spawn is still to be delivered.
+    Expected,
+    /// Only with a drone of Plane's: the spawn was not acknowledged and is not sent again. A connect waits for the end of
+    /// the backend. A report of a living state shows that it is there after all.
+    Doubtful,
+    /// The drone did not list it and does not get its spawn again, or it has ended but its spawn was sent twice. Its key
+    /// is not renewed, a connect waits for its release, and a report of a living state is answered with a hard end.
+    Leaving,
+}
 
 /// What a [`BackendRecord`] begins with: all that a renewal has to know of a backend, a million times in half a minute.
 #[derive(Debug, Clone, PartialEq, Eq, Decode)]
@@ -108,6 +117,8 @@ pub struct BackendHead {
     pub cluster: String,
     /// Drone it was scheduled to.
     pub drone_id: i32,
+    /// Whether the drone has it.
+    pub presence: Presence,
 }
 
 /// `backends/{id}`: a backend, living or recently terminated.
@@ -119,16 +130,24 @@ pub struct BackendRecord {
     pub cluster: String,
     /// Drone it was scheduled to.
     pub drone_id: i32,
+    /// Whether the drone has it.
+    pub presence: Presence,
     /// That drone's name.
     pub drone: String,
-    /// Incarnation of the drone for which the spawn was made; only that one may receive it.
-    pub incarnation: String,
+    /// Data directory for which the spawn was made; `None` for a drone of Plane's. Only a drone that runs on it can say
+    /// that the backend has ended.
+    pub data_id: Option<String>,
+    /// The spawn was sent to a drone of Plane's more than once, so two processes may have been started: a `terminated`
+    /// report does not free the key.
+    pub spawn_repeated: bool,
+    /// Whether the caller chose the backend's id.
+    pub id_supplied: bool,
     /// Fencing token of its acquisition.
     pub token: u64,
     /// Every state with the cluster time (ms) at which it was recorded, oldest first; statuses strictly rise, so there
     /// are at most eight.
     pub history: Vec<(u64, BackendState)>,
-    /// Whether somebody asked for its end. [`VOIDED`] marks one whose spawn became void.
+    /// The hardest end that was asked for.
     pub termination_asked: Option<(TerminationKind, TerminationReason)>,
     /// When it must end, cluster time in milliseconds.
     pub lifetime_ends_at_ms: Option<u64>,
@@ -145,8 +164,7 @@ pub struct BackendRecord {
     /// Log index and sub-number of its latest `Terminate` action, so that it is found without a search; the action
     /// itself may have been received and deleted since. (That of its `Spawn` is `(token, 0)`.)
     pub terminate_action: Option<(u64, u32)>,
-    /// What its drone says of its connections. Absent as long as it has said nothing, and without `max_idle_seconds`:
-    /// only a drone that looks at connections has its backends ended for want of them.
+    /// What its drone said last of its connections. Absent without `max_idle_seconds`.
     pub activity: Option<ActivityRecord>,
     /// Time under which `backend_ends` has it: [`Self::ends_at_ms`] as of the last write.
     pub end_filed_at_ms: Option<u64>,
@@ -158,31 +176,31 @@ impl BackendRecord {
         self.history.last().map_or(&BackendState::Scheduled, |(_, state)| state)
     }
 
-    /// When one of its limits ends it, cluster time in milliseconds. `None` if none will: it has no limit, or is busy, or
-    /// is going away already.
+    /// When its lifetime is over, cluster time in milliseconds. `None` if it has no such limit or is ending already.
+    /// (The limit of idle time needs no index: a notice of the drone ends the backend, see `apply/ends.rs`.)
     pub fn ends_at_ms(&self) -> Option<u64> {
-        if self.termination_asked.is_some() || self.state().status() >= BackendStatus::Terminating {
-            return None;
-        }
-        let idle_since_ms = self.activity.as_ref().and_then(|activity| activity.idle_since_ms);
-        let idle_ends_at_ms = self
-            .max_idle_seconds
-            .zip(idle_since_ms)
-            .map(|(seconds, since_ms)| since_ms.saturating_add(u64::from(seconds) * 1000));
-        self.lifetime_ends_at_ms.into_iter().chain(idle_ends_at_ms).min()
+        self.lifetime_ends_at_ms.filter(|_| !self.is_ending())
+    }
+
+    /// Whether its end was asked for or has begun.
+    pub fn is_ending(&self) -> bool {
+        self.termination_asked.is_some() || self.state().status() >= BackendStatus::Terminating
+    }
+
+    /// Whether a connect waits for the release of its key.
+    pub fn is_waited_for(&self) -> bool {
+        self.presence != Presence::Expected || self.is_ending()
     }
 }
 
-/// Whether a backend has connections.
+/// The last activity notice about a backend.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct ActivityRecord {
-    /// Incarnation of the drone that said so last. What it saw says nothing once another has taken its place.
+    /// Incarnation of the drone that sent it. Notices of different incarnations have no order.
     pub incarnation: String,
-    /// Session of the drone that said so last.
-    pub session: String,
-    /// Number of that report in its session, so that one that comes late is known.
-    pub number: u64,
-    /// Since when it has had none, cluster time in milliseconds; `None` while it has some.
+    /// Its `activity_id`, which grows within the incarnation: an older notice that arrives late is ignored.
+    pub activity_id: i64,
+    /// Since when the backend has had no connection, cluster time in milliseconds; `None` while it has some.
     pub idle_since_ms: Option<u64>,
 }
 
@@ -195,10 +213,19 @@ pub struct DroneRecord {
     pub name: String,
     /// Pool.
     pub pool: String,
-    /// Current incarnation.
+    /// Current incarnation. For a drone of Plane's, which has none, one is made for each session.
     pub incarnation: String,
+    /// Data directory of this incarnation; `None` for a drone of Plane's.
+    pub data_id: Option<String>,
     /// Current session.
     pub session: String,
+    /// IP address that the session came from; empty if it is not known.
+    pub address: String,
+    /// Log index of the entry that registered the session.
+    pub registered_index: u64,
+    /// The session's list of backends was applied, or it is a drone of Plane's, which sends none. Until then the drone
+    /// gets no action and no new backend.
+    pub is_listed: bool,
     /// Member id of the controller that serves the session.
     pub controller: u64,
     /// Drone's version.
@@ -217,6 +244,20 @@ pub struct DroneRecord {
     pub drain_deadline_ms: Option<u64>,
     /// This incarnation said that it is shutting down: it takes no new backends either, and its successor does.
     pub leaving: bool,
+    /// Time under which `drones_heard` has it: at most [`crate::limits::HEARD_REFILE_MS`] before the last sign of life.
+    pub heard_filed_at_ms: Option<u64>,
+}
+
+impl DroneRecord {
+    /// When it was heard of last, cluster time in milliseconds.
+    pub fn heard_at_ms(&self) -> u64 {
+        self.heartbeat.map_or(0, |heartbeat| heartbeat.at_ms).max(self.registered_at_ms)
+    }
+
+    /// Whether it is a drone of Plane's, which gives no incarnation and lists no backends.
+    pub fn is_planes(&self) -> bool {
+        self.data_id.is_none()
+    }
 }
 
 /// Last heartbeat of a drone.
@@ -239,14 +280,29 @@ pub struct ActionRecord {
     pub action: PendingAction,
 }
 
+/// To whom a spawn may be sent.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum SpawnTarget {
+    /// The incarnation that runs as one of our drones, in every session. It starts no backend twice.
+    Incarnation(String),
+    /// One session of a drone of Plane's, once: it may start a backend twice.
+    Session {
+        /// The session.
+        session: String,
+        /// Address of the session for which the key was acquired; later sessions must come from there.
+        address: String,
+    },
+}
+
 /// See [`ActionRecord`].
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub enum PendingAction {
     /// Start it.
     Spawn {
-        /// Incarnation of the drone for which it was made.
-        incarnation: String,
-        /// The drone's clock at the heartbeat that the deadlines start from, in milliseconds.
+        /// To whom it may be sent.
+        target: SpawnTarget,
+        /// The drone's clock at the heartbeat of the acquisition, in milliseconds. For a drone of Plane's the deadlines
+        /// start there; for one of ours at the same moment on the clock of the incarnation that gets it.
         local_time_ms: i64,
         /// Cluster time of that heartbeat, in milliseconds: the spawn is void once `soft_terminate` later.
         heartbeat_at_ms: u64,

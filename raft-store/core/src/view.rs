@@ -2,6 +2,7 @@
 
 use crate::codec::{decode, decode_first};
 use crate::kv::{ReadState, StateError, Table, keys};
+use crate::limits::{DRONE_KEEP_MS, HEARD_REFILE_MS};
 use crate::outcome::Holder;
 use crate::records::{
     ActionRecord, BackendHead, BackendRecord, ClusterRecord, DroneRecord, HeartbeatRecord, IdempotencyRecord,
@@ -34,6 +35,8 @@ pub struct DueAction {
     pub record: ActionRecord,
     /// The backend it is about.
     pub backend: BackendRecord,
+    /// Of a spawn: from when on the drone's clock the lease counts, in milliseconds.
+    pub lease_from_ms: Option<i64>,
 }
 
 /// A version of the state with typed reads on it.
@@ -211,16 +214,54 @@ impl<R: ReadState> View<R> {
             .collect()
     }
 
-    /// Actions of a drone that are due, oldest first, after `after` (log index, sub) if given. A spawn is due only
-    /// while its backend is `scheduled`, its key current, its incarnation the drone's, and its soft deadline ahead.
+    /// Actions that are due on this session of a drone, oldest first, after `after` (log index, sub) if given. None is due
+    /// before the session's list of backends was applied. A spawn is due only while its backend is `scheduled`, its key
+    /// current, its target the session or its incarnation, and its soft deadline ahead.
     pub fn due_actions(
         &self,
         drone_id: i32,
+        session: &str,
         after: Option<(u64, u32)>,
         now_ms: u64,
         limit: usize,
     ) -> Result<Vec<DueAction>, StateError> {
-        crate::apply::due_actions(&self.0, drone_id, after, now_ms, limit)
+        crate::apply::due_actions(&self.0, (drone_id, session), after, now_ms, limit)
+    }
+
+    /// Drones heard of at or after `since_ms` (and some that were heard of up to [`HEARD_REFILE_MS`] before), in no order
+    /// that means anything.
+    pub fn drones_heard(&self, since_ms: u64, limit: usize) -> Result<Vec<(i32, DroneRecord)>, StateError> {
+        let start = keys::timed(since_ms.saturating_sub(HEARD_REFILE_MS), &[]);
+        let damaged = || StateError::Damaged("an entry of drones_heard".into());
+        let mut drones = Vec::new();
+        for (entry, _) in self.0.scan(Table::DronesHeard, &start, None, limit)? {
+            let (_, drone) = keys::split_timed(&entry).ok_or_else(damaged)?;
+            let id = keys::split_drone(drone).ok_or_else(damaged)?;
+            drones.push((id, self.drone(id)?.ok_or_else(damaged)?));
+        }
+        Ok(drones)
+    }
+
+    /// Backends of a drone that have not terminated, with their tokens, after `after`.
+    pub fn drone_backends(
+        &self,
+        drone_id: i32,
+        after: Option<&str>,
+        limit: usize,
+    ) -> Result<Vec<(String, u64)>, StateError> {
+        let mut start = keys::drone_backend(drone_id, after.unwrap_or_default());
+        if after.is_some() {
+            start.push(0);
+        }
+        let damaged = || StateError::Damaged("an entry of drone_backends".into());
+        let rows = self.0.scan(Table::DroneBackends, &start, Some(&keys::after_drone(drone_id)), limit)?;
+        rows.into_iter()
+            .map(|(key, token)| {
+                let id = keys::split_drone_backend(&key).ok_or_else(damaged)?;
+                let token = token.as_slice().try_into().map_err(|_| damaged())?;
+                Ok((id.to_owned(), u64::from_be_bytes(token)))
+            })
+            .collect()
     }
 
     /// Entries of the expiry index at or before `now_ms`, oldest first: candidates for a sweep.
@@ -258,15 +299,25 @@ impl<R: ReadState> View<R> {
         Ok(false)
     }
 
-    /// Whether a sweep at `now_ms` would find terminated backends or idempotency records to delete.
+    /// Whether a sweep at `now_ms` would find records to delete.
     pub fn has_old_records(&self, now_ms: u64) -> Result<bool, StateError> {
         let Some(cluster) = self.cluster()? else { return Ok(false) };
         let end = keys::timed(now_ms.saturating_sub(cluster.terminated_keep_ms), &[]);
         if !self.0.scan(Table::Terminated, &[], Some(&end), 1)?.is_empty() {
             return Ok(true);
         }
-        let end = keys::timed(now_ms, &[]);
-        Ok(!self.0.scan(Table::IdempotencyExpiry, &[], Some(&end), 1)?.is_empty())
+        let silent_ms = now_ms.saturating_sub(DRONE_KEEP_MS);
+        let tables = [
+            (Table::IdempotencyExpiry, now_ms),
+            (Table::SuppliedEnds, now_ms),
+            (Table::DronesHeard, silent_ms),
+        ];
+        for (table, end_ms) in tables {
+            if !self.0.scan(table, &[], Some(&keys::timed(end_ms, &[])), 1)?.is_empty() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 }
 
@@ -274,6 +325,7 @@ impl<R: ReadState> View<R> {
 pub fn holder_of(backend_id: &str, backend: BackendRecord) -> Holder {
     Holder {
         state: backend.state().clone(),
+        is_waited_for: backend.is_waited_for(),
         backend_id: backend_id.to_owned(),
         key: backend.key,
         cluster: backend.cluster,
@@ -286,8 +338,8 @@ pub fn holder_of(backend_id: &str, backend: BackendRecord) -> Holder {
     }
 }
 
-/// Whether a drone can be chosen for a new backend: not draining or shutting down, heard of within half of `renew`, and, if the leader
-/// does not trust heartbeats of earlier terms, in `own_term`.
+/// Whether a drone can be chosen for a new backend: its list of backends was applied, it is not draining or shutting down,
+/// and was heard of within half of `renew` and, if the leader does not trust heartbeats of earlier terms, in `own_term`.
 pub fn is_eligible(
     drone: &DroneRecord,
     now_ms: u64,
@@ -297,7 +349,7 @@ pub fn is_eligible(
     let heartbeat = drone.heartbeat?;
     let fresh = now_ms.saturating_sub(heartbeat.at_ms) <= renew_ms / 2;
     let trusted = own_term.is_none_or(|term| heartbeat.term == term);
-    (fresh && trusted && !drone.draining && !drone.leaving).then_some(heartbeat)
+    (fresh && trusted && drone.is_listed && !drone.draining && !drone.leaving).then_some(heartbeat)
 }
 
 fn text(bytes: Vec<u8>) -> Result<String, StateError> {

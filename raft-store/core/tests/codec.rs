@@ -11,12 +11,14 @@ use common::{
 };
 use holdfast_core::codec::{VERSION, decode, encode};
 use holdfast_core::command::{
-    ActivityReport, Command, FromDrone, Proposal, Renew, RenewKey, Stamp, Sweep, SweepKey,
+    ActivityReport, Command, FromDrone, Listed, Proposal, Renew, RenewKey, ReportStates, Stamp, Sweep,
+    SweepKey,
 };
 use holdfast_core::outcome::{Holder, Outcome, Refusal, RenewOutcome, ReportOutcome};
 use holdfast_core::records::{
     ActionRecord, ActivityRecord, BackendRecord, ClusterRecord, DroneRecord, HeartbeatRecord,
-    IdempotencyRecord, KeyRecord, MemberIdsRecord, PendingAction, ProgressRecord, RestoredRecord,
+    IdempotencyRecord, KeyRecord, MemberIdsRecord, PendingAction, Presence, ProgressRecord, RestoredRecord,
+    SpawnTarget,
 };
 use holdfast_wire::{BackendState, BackendStatus, KeyConfig, TerminationKind, TerminationReason};
 use proptest::prelude::*;
@@ -95,18 +97,30 @@ fn proposals() -> Vec<(&'static str, Proposal)> {
             "together",
             plain(Command::Together(vec![
                 FromDrone::Renew(Renew { drone_id: 3, keys: vec![] }),
-                FromDrone::ReportStates { drone_id: 3, reports: vec![] },
+                FromDrone::ReportStates(ReportStates {
+                    drone_id: 3,
+                    data_id: Some(text("m1")),
+                    reports: vec![],
+                }),
                 FromDrone::AckActions { drone_id: 3, action_ids: vec![text("ak-5-0")] },
                 FromDrone::Activity {
                     drone_id: 3,
-                    session: text("s1"),
-                    number: 7,
+                    incarnation: text("i1"),
+                    activity_id: 7,
                     items: vec![
                         ActivityReport { backend_id: text("b1"), token: Some(1 << 40), idle_ms: Some(5000) },
                         ActivityReport { backend_id: text("b2"), token: None, idle_ms: None },
                     ],
                 },
                 FromDrone::Leaving { drone_id: 3, session: text("s1") },
+                FromDrone::Listed(Listed {
+                    drone_id: 3,
+                    session: text("s1"),
+                    absent: vec![(text("b1"), 1 << 40)],
+                    ending: vec![text("b2")],
+                    received: vec![text("b3")],
+                    last: true,
+                }),
             ])),
         ),
     ]
@@ -121,6 +135,7 @@ fn holder() -> Holder {
         token: 77,
         state: state_of(BackendStatus::Ready),
         termination_asked: Some(TerminationKind::Soft),
+        is_waited_for: true,
         static_token: None,
         secret_token: "secret".to_owned(),
         subdomain: Some("sub".to_owned()),
@@ -162,12 +177,14 @@ fn outcomes() -> Vec<(&'static str, Outcome)> {
         ("registered", Outcome::Registered { drone_id: 3 }),
         ("updated", Outcome::Updated(false)),
         ("drained", Outcome::Drained { updated: true, remaining: 300 }),
+        ("idle", Outcome::Idle(vec![(text("b1"), 60_000)])),
         ("together", Outcome::Together(vec![Outcome::Done, Outcome::Updated(true)])),
         (
             "reported",
             Outcome::Reported(vec![
                 ReportOutcome::Recorded,
                 ReportOutcome::Old,
+                ReportOutcome::Ended,
                 ReportOutcome::NotHolder,
                 ReportOutcome::Unknown,
             ]),
@@ -180,8 +197,11 @@ fn backend() -> BackendRecord {
         key: key(),
         cluster: "c".to_owned(),
         drone_id: 3,
+        presence: Presence::Leaving,
         drone: "d1".to_owned(),
-        incarnation: "i1".to_owned(),
+        data_id: Some("m1".to_owned()),
+        spawn_repeated: true,
+        id_supplied: true,
         token: 77,
         history: STATUSES.iter().zip(1000..).map(|(status, at)| (at, state_of(*status))).collect(),
         termination_asked: Some((TerminationKind::Soft, TerminationReason::External)),
@@ -194,8 +214,7 @@ fn backend() -> BackendRecord {
         terminate_action: Some((80, 1)),
         activity: Some(ActivityRecord {
             incarnation: "i1".to_owned(),
-            session: "s1".to_owned(),
-            number: 7,
+            activity_id: 7,
             idle_since_ms: Some(4000),
         }),
         end_filed_at_ms: Some(5000),
@@ -286,7 +305,11 @@ fn the_bytes_are_those_of_the_fixture_and_nothing_else_decodes() {
         name: "d1".to_owned(),
         pool: "gpu".to_owned(),
         incarnation: "i1".to_owned(),
+        data_id: Some("m1".to_owned()),
         session: "s1".to_owned(),
+        address: "10.0.0.1".to_owned(),
+        registered_index: 70,
+        is_listed: true,
         controller: 2,
         version: "1".to_owned(),
         git_hash: "abc".to_owned(),
@@ -296,19 +319,25 @@ fn the_bytes_are_those_of_the_fixture_and_nothing_else_decodes() {
         heartbeat: Some(HeartbeatRecord { at_ms: 2000, term: 3, local_time_ms: -1 }),
         drain_deadline_ms: Some(9000),
         leaving: true,
+        heard_filed_at_ms: Some(1500),
     };
     line(&mut out, "record", "drone", &drone);
     drone.heartbeat = None;
     line(&mut out, "record", "drone-without-heartbeat", &drone);
     let action = PendingAction::Spawn {
-        incarnation: "i1".to_owned(),
+        target: SpawnTarget::Incarnation("i1".to_owned()),
         local_time_ms: 1_700_000_000_000,
         heartbeat_at_ms: 2000,
         lease: LEASE,
         token: 77,
         executable_json: "{}".to_owned(),
     };
-    line(&mut out, "record", "action-spawn", &ActionRecord { backend_id: "b1".to_owned(), action });
+    let mut action = ActionRecord { backend_id: "b1".to_owned(), action };
+    line(&mut out, "record", "action-spawn", &action);
+    if let PendingAction::Spawn { target, .. } = &mut action.action {
+        *target = SpawnTarget::Session { session: "s1".to_owned(), address: "10.0.0.1".to_owned() };
+    }
+    line(&mut out, "record", "action-spawn-plane", &action);
     let action = PendingAction::Terminate { kind: TerminationKind::Soft, reason: TerminationReason::Swept };
     line(&mut out, "record", "action-terminate", &ActionRecord { backend_id: "b1".to_owned(), action });
     let idempotency = IdempotencyRecord {

@@ -27,7 +27,7 @@ fn with_a_holder() -> Replica {
     ] {
         replica.apply(1, stamp(0), &plain(command));
     }
-    assert_eq!(replica.view().due_actions(1, None, 0, 10).unwrap().len(), 1);
+    assert_eq!(replica.view().due_actions(1, "s1", None, 0, 10).unwrap().len(), 1);
     replica
 }
 
@@ -42,27 +42,29 @@ fn change_key(replica: &mut Replica, change: impl FnOnce(&mut KeyRecord)) {
 }
 
 #[test]
-fn a_spawn_of_another_incarnation_is_not_due() {
+fn a_spawn_of_another_session_is_not_due() {
     let mut replica = with_a_holder();
     let mut drone = replica.view().drone(1).unwrap().unwrap();
-    drone.incarnation = "i2".to_owned();
+    drone.session = "s2".to_owned();
     put(&mut replica, Table::Drones, keys::drone(1), Some(encode(&drone)));
-    assert_eq!(replica.view().due_actions(1, None, 0, 10).unwrap(), []);
+    for session in ["s1", "s2"] {
+        assert_eq!(replica.view().due_actions(1, session, None, 0, 10).unwrap(), [], "{session}");
+    }
 }
 
 #[test]
 fn a_spawn_without_its_key_is_not_due() {
     let mut replica = with_a_holder();
     change_key(&mut replica, |key| key.token = 99);
-    assert_eq!(replica.view().due_actions(1, None, 0, 10).unwrap(), []);
+    assert_eq!(replica.view().due_actions(1, "s1", None, 0, 10).unwrap(), []);
 
     let mut replica = with_a_holder();
     change_key(&mut replica, |key| key.backend_id = "b2".to_owned());
-    assert_eq!(replica.view().due_actions(1, None, 0, 10).unwrap(), []);
+    assert_eq!(replica.view().due_actions(1, "s1", None, 0, 10).unwrap(), []);
 
     let mut replica = with_a_holder();
     put(&mut replica, Table::Keys, keys::pair("", "k"), None);
-    assert_eq!(replica.view().due_actions(1, None, 0, 10).unwrap(), []);
+    assert_eq!(replica.view().due_actions(1, "s1", None, 0, 10).unwrap(), []);
 }
 
 #[test]

@@ -83,11 +83,11 @@ fn commands() -> impl Strategy<Value = Command> {
                 Command::Drain { cluster: "c".to_owned(), drone, draining, deadline_in_ms }
             }
         ),
-        4 => (drone(), name("s", 3), 1..20u64, backend(), prop::option::of(0..20_000u64)).prop_map(
-            |(drone_id, session, number, backend_id, idle_ms)| {
+        4 => (drone(), name("i", 2), 1..20i64, backend(), prop::option::of(0..20_000u64)).prop_map(
+            |(drone_id, incarnation, activity_id, backend_id, idle_ms)| {
                 let items = vec![ActivityReport { backend_id, token: None, idle_ms }];
                 Command::Together(vec![
-                    FromDrone::Activity { drone_id, session, number, items },
+                    FromDrone::Activity { drone_id, incarnation, activity_id, items },
                 ])
             }
         ),

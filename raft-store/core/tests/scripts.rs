@@ -2,16 +2,18 @@
 //! change run with `UPDATE_GOLDENFILES=1` and read the difference.
 //!
 //! Entries (each takes `idem=KEY digest=N` and `at=TIME`, an own stamp):
-//! `form [renew= soft= hard= expiry= keep=]` · `set_lease …` · `drone NAME INCARNATION SESSION [take_over=true pool=]` ·
+//! `form [renew= soft= hard= expiry= keep=]` · `set_lease …` · `drone NAME INCARNATION SESSION [take_over=true pool= data= from=]`
+//! (one of ours if it gives a data id) · `list DRONE [BACKEND[:STATUS]…]` (the whole list of its session) ·
+//! `listed DRONE SESSION BACKEND@TOKEN…` (one entry of a list) ·
 //! `heartbeat DRONE SESSION LOCAL_TIME` · `acquire KEY [BACKEND DRONE…] [ns= tag= supplied= cluster= pool= lifetime= max_idle=]` ·
 //! `renew DRONE BACKEND… [token=]` · `allow_renewal KEY` · `prevent_renewal KEY` · `revoke KEY` ·
-//! `report DRONE BACKEND STATUS… [token=]` · `ack DRONE ACTION…` · `terminate BACKEND [kind=]` ·
+//! `report DRONE BACKEND STATUS… [token= data=]` · `ack DRONE ACTION…` · `terminate BACKEND [kind=]` ·
 //! `drain NAME [deadline=]` · `undrain NAME` · `leaving DRONE SESSION` · `end_due` ·
-//! `activity DRONE SESSION NUMBER BACKEND busy|IDLE_FOR [token=]` · `revoke_tokens BACKEND USER` · `sweep [KEY INDEXED_AT TOKEN]` · `sweep_records` ·
+//! `activity DRONE INCARNATION NUMBER BACKEND busy|IDLE_FOR [token=]` · `revoke_tokens BACKEND USER` · `sweep [KEY INDEXED_AT TOKEN]` · `sweep_records` ·
 //! `tick` · `blank` · `members ID…` (a membership entry). DRONE is an id.
 //!
 //! The rest: `advance TIME` (the leader's clock), `clock TIME`, `leader TERM [own_term_only=]`, `skip ENTRIES`,
-//! `due DRONE [after=ACTION]`, `published`, `dump TABLE`. TIME is in seconds.
+//! `due DRONE [after=ACTION session=]`, `published`, `dump TABLE`. TIME is in seconds.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -21,12 +23,14 @@ use common::{Replica, form, idempotent, plain, register, state_of};
 use goldenscript::{ArgumentConsumer, Command as ScriptCommand};
 use holdfast_core::codec::decode;
 use holdfast_core::command::{
-    ActivityReport, Command, FromDrone, Proposal, Renew, RenewKey, Stamp, StateReport, Sweep, SweepKey,
+    ActivityReport, Command, FromDrone, Listed, Proposal, Renew, RenewKey, ReportStates, Stamp, StateReport,
+    Sweep, SweepKey,
 };
 use holdfast_core::kv::{ReadState, Table, Writes, keys};
 use holdfast_core::outcome::{Effect, Holder, Outcome};
 use holdfast_core::records::{
     ActionRecord, BackendRecord, DroneRecord, IdempotencyRecord, KeyRecord, MemberIdsRecord, PendingAction,
+    Presence, SpawnTarget,
 };
 use holdfast_wire::{
     BackendState, BackendStatus, KeyConfig, LeaseConfig, TerminationKind, TerminationReason,
@@ -39,6 +43,8 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 struct World {
     replica: Replica,
+    /// What the last list said that holds no key.
+    not_held: String,
     term: u64,
     clock_ms: u64,
     own_term_only: bool,
@@ -88,6 +94,10 @@ fn lease(args: &mut ArgumentConsumer<'_>) -> Result<LeaseConfig> {
     Ok(lease)
 }
 
+fn data_arg(args: &mut ArgumentConsumer<'_>) -> Option<String> {
+    args.lookup("data").map(|arg| arg.value.clone())
+}
+
 fn status(text: &str) -> Result<BackendStatus> {
     common::STATUSES
         .into_iter()
@@ -97,7 +107,13 @@ fn status(text: &str) -> Result<BackendStatus> {
 
 impl World {
     fn new() -> Self {
-        Self { replica: Replica::default(), term: 1, clock_ms: 0, own_term_only: false }
+        Self {
+            replica: Replica::default(),
+            not_held: String::new(),
+            term: 1,
+            clock_ms: 0,
+            own_term_only: false,
+        }
     }
 
     fn command(&mut self, name: &str, args: &mut ArgumentConsumer<'_>) -> Result<Command> {
@@ -110,11 +126,14 @@ impl World {
             "drone" => {
                 let take_over = args.lookup_parse("take_over")?.unwrap_or(false);
                 let pool = text_arg(args, "pool");
+                let (data, from) = (data_arg(args), text_arg(args, "from"));
                 let name = next(args, "the name")?;
                 let incarnation = next(args, "the incarnation")?;
                 let mut command = register(&name, &incarnation, &next(args, "the session")?, take_over);
                 if let Command::RegisterDrone(register) = &mut command {
                     register.pool = pool;
+                    register.data_id = data;
+                    register.address = from;
                 }
                 command
             }
@@ -169,6 +188,7 @@ impl World {
                 let drone_id = next(args, "the drone")?.parse()?;
                 let backend_id = next(args, "the backend")?;
                 let token = args.lookup_parse("token")?;
+                let data_id = data_arg(args);
                 let reports = rest(args)
                     .iter()
                     .map(|text| {
@@ -179,7 +199,7 @@ impl World {
                         })
                     })
                     .collect::<Result<_>>()?;
-                Command::ReportStates { drone_id, reports }
+                Command::ReportStates(ReportStates { drone_id, data_id, reports })
             }
             "ack" => {
                 let drone_id = next(args, "the drone")?.parse()?;
@@ -206,15 +226,49 @@ impl World {
             "activity" => {
                 let token = args.lookup_parse("token")?;
                 let drone_id = next(args, "the drone")?.parse()?;
-                let session = next(args, "the session")?;
-                let number = next(args, "the number")?.parse()?;
+                let incarnation = next(args, "the incarnation")?;
+                let activity_id = next(args, "the number")?.parse()?;
                 let backend_id = next(args, "the backend")?;
                 let idle_ms = match next(args, "busy or the idle time")?.as_str() {
                     "busy" => None,
                     idle => Some(ms(idle)?),
                 };
                 let items = vec![ActivityReport { backend_id, token, idle_ms }];
-                Command::Together(vec![FromDrone::Activity { drone_id, session, number, items }])
+                Command::Together(vec![FromDrone::Activity { drone_id, incarnation, activity_id, items }])
+            }
+            "list" => {
+                let drone_id = next(args, "the drone")?.parse()?;
+                let backends = rest(args)
+                    .iter()
+                    .map(|text| {
+                        let (id, state) = text.split_once(':').unwrap_or((text, "ready"));
+                        Ok(common::listed_backend(id, Some(status(state)?)))
+                    })
+                    .collect::<Result<Vec<_>>>()?;
+                let differences = common::list(&self.replica.view(), drone_id, &backends);
+                self.not_held = differences.not_held.join(" ");
+                common::listed(&differences)
+            }
+            // One entry of a list, as it may arrive late.
+            "listed" => {
+                let drone_id = next(args, "the drone")?.parse()?;
+                let session = next(args, "the session")?;
+                let absent = rest(args)
+                    .iter()
+                    .map(|text| {
+                        let (id, token) = text.split_once('@').ok_or("BACKEND@TOKEN")?;
+                        Ok((id.to_owned(), token.parse()?))
+                    })
+                    .collect::<Result<Vec<_>>>()?;
+                let listed = Listed {
+                    drone_id,
+                    session,
+                    absent,
+                    ending: Vec::new(),
+                    received: Vec::new(),
+                    last: false,
+                };
+                Command::Together(vec![FromDrone::Listed(listed)])
             }
             "end_due" => Command::EndDue,
             "revoke_tokens" => Command::RevokeTokens {
@@ -264,6 +318,9 @@ impl World {
             let effects: Vec<String> = applied.effects.iter().map(show_effect).collect();
             writeln!(out, "    wakes: {}", effects.join(", "))?;
         }
+        if !self.not_held.is_empty() {
+            writeln!(out, "    to end at once: {}", std::mem::take(&mut self.not_held))?;
+        }
         Ok(out)
     }
 
@@ -271,11 +328,15 @@ impl World {
         let drone_id = next(args, "the drone")?.parse()?;
         let after = args.lookup("after").map(|arg| keys::split_action_id(&arg.value).ok_or("an action id"));
         let limit = args.lookup_parse("limit")?.unwrap_or(100);
+        let session = args.lookup("session").map(|arg| arg.value.clone());
         args.reject_rest()?;
-        let due = self.replica.view().due_actions(drone_id, after.transpose()?, self.clock_ms, limit)?;
+        let drone = self.replica.view().drone(drone_id)?.ok_or("no such drone")?;
+        let session = session.unwrap_or(drone.session);
+        let view = self.replica.view();
+        let due = view.due_actions(drone_id, &session, after.transpose()?, self.clock_ms, limit)?;
         let mut out = String::new();
         for action in due {
-            writeln!(out, "{} {}", action.action_id, show_action(&action.record))?;
+            writeln!(out, "{} {}", action.action_id, show_action(&action.record, action.lease_from_ms))?;
         }
         if out.is_empty() {
             out.push_str("nothing is due\n");
@@ -319,9 +380,19 @@ impl World {
                     format!("{} {} token={token}", seconds(at), show_pair(pair))
                 }
                 Table::Backends => show_backend(&key, &decode(&value)?),
-                Table::Terminated | Table::IdempotencyExpiry | Table::BackendEnds => {
+                Table::Terminated | Table::IdempotencyExpiry | Table::BackendEnds | Table::SuppliedEnds => {
                     let (at, name) = keys::split_timed(&key).ok_or("an entry")?;
                     format!("{} {}", seconds(at), String::from_utf8_lossy(name))
+                }
+                Table::DroneBackends => {
+                    let drone = keys::split_drone(&key[..4]).ok_or("a drone")?;
+                    let token = u64::from_be_bytes(value.as_slice().try_into()?);
+                    let id = keys::split_drone_backend(&key).ok_or("a backend")?;
+                    format!("drone={drone} {id} token={token}")
+                }
+                Table::DronesHeard => {
+                    let (at, drone) = keys::split_timed(&key).ok_or("an entry")?;
+                    format!("{} drone={}", seconds(at), keys::split_drone(drone).ok_or("a drone")?)
                 }
                 Table::DrainEnds => {
                     let (at, drone) = keys::split_timed(&key).ok_or("an entry")?;
@@ -340,7 +411,7 @@ impl World {
                 Table::Actions => {
                     let (index, sub) = keys::split_action(&key).ok_or("an action")?;
                     let drone = keys::split_drone(&key[..4]).ok_or("a drone")?;
-                    format!("drone={drone} ak-{index}-{sub} {}", show_action(&decode(&value)?))
+                    format!("drone={drone} ak-{index}-{sub} {}", show_action(&decode(&value)?, None))
                 }
                 Table::Idempotency => {
                     let record: IdempotencyRecord = decode(&value)?;
@@ -451,6 +522,14 @@ fn show_backend(id: &[u8], backend: &BackendRecord) -> String {
         backend.token,
         history.join(" ")
     );
+    match backend.presence {
+        Presence::Expected => {}
+        Presence::Doubtful => out.push_str(" doubtful"),
+        Presence::Leaving => out.push_str(" leaving"),
+    }
+    if backend.spawn_repeated {
+        out.push_str(" sent twice");
+    }
     if let Some((kind, reason)) = backend.termination_asked {
         write!(out, " asked={kind:?}/{reason:?}").unwrap();
     }
@@ -480,6 +559,9 @@ fn show_drone(id: &[u8], drone: &DroneRecord) -> String {
     if drone.leaving {
         draining.push_str(" leaving");
     }
+    if !drone.is_listed {
+        draining.push_str(" unlisted");
+    }
     format!(
         "{} {} pool={:?} incarnation={} session={} backends={} draining={draining} heartbeat={heartbeat}",
         keys::split_drone(id).unwrap_or(-1),
@@ -491,12 +573,20 @@ fn show_drone(id: &[u8], drone: &DroneRecord) -> String {
     )
 }
 
-fn show_action(record: &ActionRecord) -> String {
+/// `from` is from when the lease counts, if it is not the heartbeat of the acquisition.
+fn show_action(record: &ActionRecord, from: Option<i64>) -> String {
     match &record.action {
-        PendingAction::Spawn { incarnation, local_time_ms, heartbeat_at_ms, lease, token, .. } => {
-            let deadlines = lease.deadlines(*local_time_ms);
+        PendingAction::Spawn { target, local_time_ms, heartbeat_at_ms, lease, token, .. } => {
+            let deadlines = lease.deadlines(from.unwrap_or(*local_time_ms));
+            let target = match target {
+                SpawnTarget::Incarnation(incarnation) => format!("incarnation={incarnation}"),
+                SpawnTarget::Session { session, address } if address.is_empty() => {
+                    format!("session={session}")
+                }
+                SpawnTarget::Session { session, address } => format!("session={session}@{address}"),
+            };
             format!(
-                "spawn {} token={token} incarnation={incarnation} heartbeat_at={} local soft={}s hard={}s",
+                "spawn {} token={token} {target} heartbeat_at={} local soft={}s hard={}s",
                 record.backend_id,
                 seconds(*heartbeat_at_ms),
                 deadlines.soft_terminate_at / 1000,

@@ -12,27 +12,46 @@ use std::time::{Duration, Instant};
 const HOUR_MS: i64 = 3_600_000;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_drone_restarted_with_its_clock_an_hour_back_does_not_get_the_spawn_that_was_on_the_way() {
+async fn a_spawn_on_its_way_to_a_restarted_drone_gets_the_new_clocks_deadlines() {
     let cluster = Cluster::builder().drones(0).lease("renew=3s,soft=6s,hard=7s,expiry=9s").start().await;
     let first = Identity::new(&cluster.name, "dr-sim", "first");
     let clock = LocalClock::reading(1_700_000_000_000);
-    let mut old = drone(&cluster, &first, &clock).await;
+    let old = drone(&cluster, &first, &clock).await;
     let answer = connect(&cluster, "k").await;
     assert!(answer.spawned);
-    let spawn = old.next_spawn(SOON).await.unwrap();
+    // Nothing of it is on the disk; and the process that it was meant for is gone.
+    drop(old);
+
+    // With the old clock's deadlines it would run an hour past its expiry.
+    let clock = LocalClock::reading(clock.now_ms() - HOUR_MS);
+    let mut new = drone(&cluster, &first.restarted("second"), &clock).await;
+    let spawn = new.next_spawn(SOON).await.unwrap();
+    assert_eq!((&spawn.backend_id, spawn.key.token), (&answer.backend_id, answer.fencing_token));
+    let ahead_ms = spawn.key.deadlines.soft_terminate_at - clock.now_ms();
+    assert!((0..=6_000).contains(&ahead_ms), "soft_terminate_at is {ahead_ms} ms ahead of the new clock");
+    start_backend(&mut new, &spawn).await;
+    let found = connect(&cluster, "k").await;
+    assert_eq!((found.spawned, found.fencing_token), (false, answer.fencing_token));
+}
+
+/// The old machine may have got the spawn, and what the new one knows nothing of may run there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_drone_name_on_another_disk_gets_no_old_spawn_and_frees_no_key() {
+    let cluster = Cluster::builder().drones(0).lease("renew=3s,soft=6s,hard=7s,expiry=9s").start().await;
+    let first = Identity::new(&cluster.name, "dr-sim", "first");
+    let clock = LocalClock::reading(1_700_000_000_000);
+    let old = drone(&cluster, &first, &clock).await;
+    let answer = connect(&cluster, "k").await;
     let before = cluster.key("k").await.expect("held");
-    assert_eq!(before.token, answer.fencing_token);
-    // Unacknowledged, so still on the way; and the process that it was meant for is gone.
     drop(old);
 
     let clock = LocalClock::reading(clock.now_ms() - HOUR_MS);
-    let mut new = drone(&cluster, &first.restarted("second"), &clock).await;
-    // With the old clock's deadlines it would run an hour past its expiry.
+    let mut new = drone(&cluster, &first.on_another_disk("second"), &clock).await;
+    new.report_and_wait(&answer.backend_id, Some(answer.fencing_token), exited(), SOON).await.unwrap();
     match new.next_spawn(NOT_COMING).await {
         Err(SimError::Timeout(_)) => {}
-        other => panic!("the new incarnation got {other:?}, the old one had {spawn:?}"),
+        other => panic!("the drone on another disk got {other:?}"),
     }
-    // Whether the old process received it can't be known: the key stays held for the whole lease.
     let during = cluster.key("k").await.expect("still held");
     assert_eq!((during.token, during.expires_at), (before.token, before.expires_at));
     let mut impatient = request(&cluster, "k");
@@ -51,12 +70,35 @@ async fn a_drone_restarted_with_its_clock_an_hour_back_does_not_get_the_spawn_th
     // And the key itself once it has expired, not before.
     let again = connect(&cluster, "k").await;
     assert!(again.spawned && again.fencing_token > answer.fencing_token, "{again:?} after {answer:?}");
-    let after = cluster.key("k").await.expect("held anew");
+    let after = cluster.key("k").await.expect("held by the next one");
     assert!(after.acquired_at >= before.expires_at, "{after:?} was acquired before {before:?} expired");
     let spawn = new.next_spawn(SOON).await.unwrap();
     assert_eq!(spawn.backend_id, again.backend_id);
-    let ahead_ms = spawn.key.deadlines.soft_terminate_at - clock.now_ms();
-    assert!((0..=6_000).contains(&ahead_ms), "soft_terminate_at is {ahead_ms} ms ahead of the new clock");
+}
+
+/// Plane's drones get an unacknowledged spawn once more, unchanged; from then on their word frees nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_terminated_of_planes_that_crosses_the_second_sending_frees_nothing() {
+    let cluster = Cluster::builder().drones(0).lease("renew=3s,soft=14s,hard=15s,expiry=20s").start().await;
+    let identity = Identity::of_plane(&cluster.name, "dr-plane");
+    let clock = LocalClock::reading(77_000);
+    let mut plane = drone(&cluster, &identity, &clock).await;
+    let answer = connect(&cluster, "k").await;
+    let first = plane.next_spawn(SOON).await.unwrap();
+    assert!(matches!(plane.next_spawn(NOT_COMING).await, Err(SimError::Timeout(_))), "once in a session");
+    let held = cluster.key("k").await.expect("held");
+    drop(plane);
+    let mut plane = drone(&cluster, &identity, &clock).await;
+    let second = plane.next_spawn(SOON).await.unwrap();
+    assert_eq!((&second.action_id, &second.key), (&first.action_id, &first.key), "unchanged");
+    plane.report_and_wait(&answer.backend_id, None, exited(), SOON).await.unwrap();
+    let still = cluster.key("k").await.expect("still held");
+    assert_eq!((still.token, still.expires_at), (held.token, held.expires_at));
+    let renewed = plane.renew_one(&answer.backend_id, None, clock.now_ms(), SOON).await.unwrap();
+    assert_eq!(renewed.deadlines, None, "it is not renewed");
+    let again = connect(&cluster, "k").await;
+    let after = cluster.key("k").await.expect("held by the next one");
+    assert!(again.spawned && after.acquired_at >= held.expires_at, "{after:?} after {held:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -88,24 +130,26 @@ async fn a_spawn_whose_backend_has_already_ended_is_not_delivered_again_though_i
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_spawn_that_is_not_acknowledged_is_delivered_again_until_it_is_and_holds_up_no_other() {
+async fn a_spawn_is_delivered_until_it_is_acknowledged_and_holds_up_no_other() {
     let cluster = Cluster::builder().drones(0).lease("renew=20s,soft=25s,hard=30s,expiry=40s").start().await;
     let identity = Identity::new(&cluster.name, "dr-sim", "one");
     let clock = LocalClock::reading(5_000_000);
-    let mut sim = drone(&cluster, &identity, &clock).await;
+    let sim = drone(&cluster, &identity, &clock).await;
     let lost = connect(&cluster, "lost").await;
-    let first = sim.next_spawn(SOON).await.unwrap();
     let newer = connect(&cluster, "newer").await;
-    assert_eq!(sim.next_spawn(SOON).await.unwrap().backend_id, newer.backend_id);
+    // Sent to a session that took nothing of it.
     drop(sim);
     let mut sim = drone(&cluster, &identity, &clock).await;
-    let again = sim.next_spawn(SOON).await.unwrap();
-    assert_eq!((&again.backend_id, &again.action_id), (&lost.backend_id, &first.action_id));
-    assert_eq!(again.key, first.key, "the deadlines do not move with the delivery");
-    start_backend(&mut sim, &again).await;
+    let first = sim.next_spawn(SOON).await.unwrap();
+    assert_eq!(first.backend_id, lost.backend_id);
     let second = sim.next_spawn(SOON).await.unwrap();
     assert_eq!(second.backend_id, newer.backend_id);
     start_backend(&mut sim, &second).await;
+    let again = sim.next_spawn(SOON).await.unwrap();
+    assert_eq!((&again.backend_id, &again.action_id), (&lost.backend_id, &first.action_id));
+    let later_ms = again.key.deadlines.hard_terminate_at - first.key.deadlines.hard_terminate_at;
+    assert!(later_ms.abs() < 1_000, "the deadlines do not move with the delivery: {later_ms} ms");
+    start_backend(&mut sim, &again).await;
     sim.forget_received();
     assert!(matches!(sim.next_action(NOT_COMING).await, Err(SimError::Timeout(_))));
 }

@@ -2,12 +2,14 @@
 
 use super::step::{SPAWN_SUB, Step, damaged, ensure};
 use crate::command::{Acquire, Spawn};
-use crate::kv::{ReadState, StateError, Table};
+use crate::kv::{ReadState, StateError, Table, keys};
 use crate::limits::{CANDIDATES_MAX, SUPPLIED_IDS_MAX, TOKEN_MAX};
 use crate::outcome::{Outcome, Refusal};
-use crate::records::{ActionRecord, BackendRecord, HeartbeatRecord, KeyRecord, PendingAction};
+use crate::records::{
+    ActionRecord, BackendRecord, HeartbeatRecord, KeyRecord, PendingAction, Presence, SpawnTarget,
+};
 use crate::view::{holder_of, is_eligible};
-use holdfast_wire::{BackendState, BackendStatus};
+use holdfast_wire::BackendState;
 
 impl<R: ReadState + ?Sized> Step<'_, '_, R> {
     pub(super) fn acquire(&mut self, request: &Acquire) -> Result<Outcome, StateError> {
@@ -47,10 +49,8 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
             return Ok(Outcome::Refused(Refusal::TagMismatch { held: record.tag.clone() }));
         }
         let backend = self.known_backend(&record.backend_id)?;
-        let leaving =
-            backend.termination_asked.is_some() || backend.state().status() >= BackendStatus::Terminating;
         let holder = holder_of(&record.backend_id, backend);
-        Ok(if leaving { Outcome::Leaving(holder) } else { Outcome::Found(holder) })
+        Ok(if holder.is_waited_for { Outcome::Leaving(holder) } else { Outcome::Found(holder) })
     }
 
     fn backend_id_used(&self, id: &str) -> Result<bool, StateError> {
@@ -115,8 +115,11 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
             key: key.clone(),
             cluster: spawn.cluster.clone(),
             drone_id,
+            presence: Presence::Expected,
             drone: drone.name,
-            incarnation: drone.incarnation.clone(),
+            data_id: drone.data_id.clone(),
+            spawn_repeated: false,
+            id_supplied: spawn.id_supplied,
             token,
             history: vec![(self.now_ms, BackendState::Scheduled)],
             termination_asked: None,
@@ -133,14 +136,20 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
             end_filed_at_ms: None,
         };
         self.put_backend(&spawn.backend_id, &mut backend);
+        let of_drone = keys::drone_backend(drone_id, &spawn.backend_id);
+        self.txn.put(Table::DroneBackends, of_drone, token.to_be_bytes().to_vec());
         self.backend_changed(&spawn.backend_id);
         if spawn.id_supplied {
             self.txn.put(Table::SuppliedIds, spawn.backend_id.as_bytes().to_vec(), Vec::new());
             self.progress.supplied_ids += 1;
         }
 
+        let target = match drone.data_id {
+            Some(_) => SpawnTarget::Incarnation(drone.incarnation),
+            None => SpawnTarget::Session { session: drone.session, address: drone.address },
+        };
         let action = PendingAction::Spawn {
-            incarnation: drone.incarnation,
+            target,
             local_time_ms: heartbeat.local_time_ms,
             heartbeat_at_ms: heartbeat.at_ms,
             lease,

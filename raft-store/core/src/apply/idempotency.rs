@@ -2,7 +2,7 @@
 
 use super::step::Step;
 use crate::codec::encode;
-use crate::command::Idempotency;
+use crate::command::{Command, Idempotency};
 use crate::kv::{ReadState, StateError, Table, keys};
 use crate::limits::{IDEMPOTENCY_KEEP_MS, IDEMPOTENCY_RECORDS_MAX};
 use crate::outcome::{Outcome, Refusal};
@@ -16,10 +16,12 @@ pub(super) enum Recall {
     Refuse(Refusal),
     /// Not seen yet.
     New,
+    /// Not seen yet, and done without a record, for which there is no room: repeating it does no harm.
+    Unrecorded,
 }
 
 impl<R: ReadState + ?Sized> Step<'_, '_, R> {
-    pub(super) fn recall(&self, idempotency: &Idempotency) -> Result<Recall, StateError> {
+    pub(super) fn recall(&self, idempotency: &Idempotency, command: &Command) -> Result<Recall, StateError> {
         Ok(match self.view().idempotency(&idempotency.key)? {
             Some(record) if record.expires_at_ms > self.now_ms => {
                 if record.body_digest == idempotency.body_digest {
@@ -30,9 +32,12 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
             }
             // Past its time, not yet swept: its place is taken over.
             Some(_) => Recall::New,
-            None if self.progress.idempotency_records >= IDEMPOTENCY_RECORDS_MAX => {
-                Recall::Refuse(Refusal::Full("the number of remembered Idempotency-Keys".to_owned()))
-            }
+            None if self.progress.idempotency_records >= IDEMPOTENCY_RECORDS_MAX => match command {
+                Command::Acquire(_) => {
+                    Recall::Refuse(Refusal::Full("the number of remembered Idempotency-Keys".to_owned()))
+                }
+                _ => Recall::Unrecorded,
+            },
             None => Recall::New,
         })
     }

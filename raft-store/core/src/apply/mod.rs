@@ -18,6 +18,7 @@ mod cluster;
 mod drones;
 mod ends;
 mod idempotency;
+mod listed;
 mod release;
 mod renew;
 mod reports;
@@ -84,7 +85,7 @@ pub fn apply<R: ReadState + ?Sized>(
     let mut step = Step::new(txn, at, stamp.own_term_only, head);
     let (outcome, replayed) = match &proposal.idempotency {
         None => (step.run(&proposal.command)?, false),
-        Some(idempotency) => match step.recall(idempotency)? {
+        Some(idempotency) => match step.recall(idempotency, &proposal.command)? {
             Recall::Replay(outcome) => (*outcome, true),
             Recall::Refuse(refusal) => (Outcome::Refused(refusal), false),
             Recall::New => {
@@ -92,6 +93,7 @@ pub fn apply<R: ReadState + ?Sized>(
                 step.remember(idempotency, &outcome)?;
                 (outcome, false)
             }
+            Recall::Unrecorded => (step.run(&proposal.command)?, false),
         },
     };
     let (head, effects) = step.finish();
@@ -138,7 +140,7 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
             Command::RevokeKey { namespace, name } => self.revoke_key(namespace, name),
             Command::RegisterDrone(register) => self.register_drone(register),
             Command::Heartbeats(items) => self.heartbeats(items),
-            Command::ReportStates { drone_id, reports } => self.report_states(*drone_id, reports),
+            Command::ReportStates(report) => self.report_states(report),
             Command::AckActions { drone_id, action_ids } => self.ack_actions(*drone_id, action_ids),
             Command::Terminate { backend_id, kind, reason } => self.terminate(backend_id, *kind, *reason),
             Command::Drain { cluster, drone, draining, deadline_in_ms } => {
@@ -158,11 +160,12 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
         }
         let outcomes = commands.iter().map(|command| match command {
             FromDrone::Renew(renew) => self.renew(renew),
-            FromDrone::ReportStates { drone_id, reports } => self.report_states(*drone_id, reports),
+            FromDrone::ReportStates(report) => self.report_states(report),
             FromDrone::AckActions { drone_id, action_ids } => self.ack_actions(*drone_id, action_ids),
-            FromDrone::Activity { drone_id, session, number, items } => {
-                self.activity(*drone_id, session, *number, items)
+            FromDrone::Activity { drone_id, incarnation, activity_id, items } => {
+                self.activity(*drone_id, incarnation, *activity_id, items)
             }
+            FromDrone::Listed(listed) => self.listed(listed),
             FromDrone::Leaving { drone_id, session } => self.leaving(*drone_id, session),
         });
         Ok(Outcome::Together(outcomes.collect::<Result<_, _>>()?))

@@ -2,6 +2,7 @@
 
 use super::step::{SPAWN_SUB, Step, damaged, ensure};
 use crate::kv::{ReadState, StateError, Table, keys};
+use crate::limits::SUPPLIED_ID_KEEP_MS;
 use crate::outcome::{Effect, Outcome, Refusal};
 use crate::records::{BackendRecord, KeyRecord};
 use holdfast_wire::{BackendState, BackendStatus, TerminationKind, TerminationReason};
@@ -47,8 +48,16 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
                 TerminationReason::KeyExpired,
             )?;
         }
+        self.file_terminated(&key.backend_id, &backend);
         self.put_backend(&key.backend_id, &mut backend);
         Ok(())
+    }
+
+    /// Files a backend that has terminated and holds no key, so that it is swept after its time.
+    pub(super) fn file_terminated(&mut self, id: &str, backend: &BackendRecord) {
+        if let Some((at_ms, _)) = backend.history.last() {
+            self.txn.put(Table::Terminated, keys::timed(*at_ms, id.as_bytes()), Vec::new());
+        }
     }
 
     /// Deletes a key and its entry in the expiry index.
@@ -67,7 +76,7 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
     }
 
     /// Appends a later state to a backend's history; the last one ends it as a live backend. The caller writes the
-    /// record.
+    /// record, and [files](Self::file_terminated) it once its key is free.
     pub(super) fn record_state(
         &mut self,
         id: &str,
@@ -80,11 +89,19 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
         })?;
         backend.history.push((self.now_ms, state));
         if status == BackendStatus::Terminated {
-            self.txn.put(Table::Terminated, keys::timed(self.now_ms, id.as_bytes()), Vec::new());
+            self.txn.delete(Table::DroneBackends, keys::drone_backend(backend.drone_id, id));
+            if backend.id_supplied {
+                let forget_at_ms = self.now_ms.saturating_add(SUPPLIED_ID_KEEP_MS);
+                self.txn.put(Table::SuppliedEnds, keys::timed(forget_at_ms, id.as_bytes()), Vec::new());
+            }
             let mut drone = self.known_drone(backend.drone_id)?;
             drone.backend_count = drone.backend_count.checked_sub(1).ok_or_else(|| {
                 damaged(format!("drone {} would have fewer than no backends", backend.drone_id))
             })?;
+            if drone.backend_count == 0 {
+                // It may have to be swept some day.
+                self.file_drone(backend.drone_id, &mut drone);
+            }
             self.put_drone(backend.drone_id, &drone);
         }
         self.backend_changed(id);

@@ -5,6 +5,7 @@ use crate::command::{Renew, RenewKey};
 use crate::kv::{ReadState, StateError};
 use crate::limits::RENEWALS_PER_ENTRY_MAX;
 use crate::outcome::{Outcome, Refusal, RenewOutcome};
+use crate::records::Presence;
 
 impl<R: ReadState + ?Sized> Step<'_, '_, R> {
     pub(super) fn renew(&mut self, renew: &Renew) -> Result<Outcome, StateError> {
@@ -24,7 +25,7 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
     }
 
     /// Invariant 4: drone, backend and token must match, the key must be unexpired and renewable. A backend that is
-    /// going away still renews: it needs its key until nothing of it is left.
+    /// ending still renews: it needs its key until nothing of it is left. One that its drone did not list does not.
     fn renew_one(
         &mut self,
         drone_id: i32,
@@ -34,7 +35,7 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
         let Some(backend) = self.view().backend_head(&item.backend_id)? else {
             return Ok(RenewOutcome::Unknown);
         };
-        if backend.drone_id != drone_id {
+        if backend.drone_id != drone_id || backend.presence == Presence::Leaving {
             return Ok(RenewOutcome::NotHolder);
         }
         // One that has terminated holds no key: the report that says so frees it in the same step.

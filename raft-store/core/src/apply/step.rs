@@ -135,6 +135,24 @@ impl<'s, 'b, R: ReadState + ?Sized> Step<'s, 'b, R> {
         self.txn.put(Table::Drones, keys::drone(id), encode(record));
     }
 
+    /// Files a drone under the time when it was heard of last. The caller writes the record.
+    pub(super) fn file_drone(&mut self, id: i32, record: &mut DroneRecord) {
+        let heard_at_ms = record.heard_at_ms();
+        if record.heard_filed_at_ms == Some(heard_at_ms) {
+            return;
+        }
+        self.unfile_drone(id, record);
+        self.txn.put(Table::DronesHeard, keys::timed(heard_at_ms, &keys::drone(id)), Vec::new());
+        record.heard_filed_at_ms = Some(heard_at_ms);
+    }
+
+    /// The caller writes the record.
+    pub(super) fn unfile_drone(&mut self, id: i32, record: &mut DroneRecord) {
+        if let Some(at_ms) = record.heard_filed_at_ms.take() {
+            self.txn.delete(Table::DronesHeard, keys::timed(at_ms, &keys::drone(id)));
+        }
+    }
+
     pub(super) fn put_action(&mut self, drone_id: i32, (index, sub): (u64, u32), record: &ActionRecord) {
         self.txn.put(Table::Actions, keys::action(drone_id, index, sub), encode(record));
         self.actions_changed(drone_id);

@@ -3,7 +3,7 @@
 use super::step::{Step, damaged};
 use crate::command::{Sweep, SweepKey};
 use crate::kv::{ReadState, StateError, Table, keys};
-use crate::limits::{SWEEP_KEYS_MAX, SWEEP_RECORDS_MAX};
+use crate::limits::{DRONE_KEEP_MS, SWEEP_KEYS_MAX, SWEEP_RECORDS_MAX};
 use crate::outcome::Outcome;
 
 /// The name in an entry of a time index.
@@ -22,6 +22,8 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
         if sweep.records {
             self.sweep_terminated()?;
             self.sweep_idempotency()?;
+            self.sweep_supplied_ids()?;
+            self.sweep_drones()?;
         }
         Ok(Outcome::Done)
     }
@@ -68,6 +70,43 @@ impl<R: ReadState + ?Sized> Step<'_, '_, R> {
             let backend = self.known_backend(&id)?;
             self.delete_actions_of(&backend)?;
             self.txn.delete(Table::Backends, id.into_bytes());
+        }
+        Ok(())
+    }
+
+    fn sweep_supplied_ids(&mut self) -> Result<(), StateError> {
+        for id in self.take_due(Table::SuppliedEnds, self.now_ms)? {
+            self.txn.delete(Table::SuppliedIds, id.into_bytes());
+            self.progress.supplied_ids = self
+                .progress
+                .supplied_ids
+                .checked_sub(1)
+                .ok_or_else(|| damaged("fewer than no supplied backend ids"))?;
+        }
+        Ok(())
+    }
+
+    /// Deletes drones that have been silent for long, are empty and not drained. Of the others none is looked at again
+    /// before it was heard of, emptied or undrained.
+    fn sweep_drones(&mut self) -> Result<(), StateError> {
+        let Some(until_ms) = self.now_ms.checked_sub(DRONE_KEEP_MS) else { return Ok(()) };
+        let end = keys::timed(until_ms.saturating_add(1), &[]);
+        for (entry, _) in self.txn.scan(Table::DronesHeard, &[], Some(&end), SWEEP_RECORDS_MAX)? {
+            let drone_id = keys::split_timed(&entry)
+                .and_then(|(_, drone)| keys::split_drone(drone))
+                .ok_or_else(|| damaged("an entry of drones_heard"))?;
+            let mut drone = self.known_drone(drone_id)?;
+            if drone.heard_at_ms() > until_ms {
+                self.file_drone(drone_id, &mut drone);
+                self.put_drone(drone_id, &drone);
+            } else if drone.backend_count > 0 || drone.draining {
+                self.unfile_drone(drone_id, &mut drone);
+                self.put_drone(drone_id, &drone);
+            } else {
+                self.unfile_drone(drone_id, &mut drone);
+                self.txn.delete(Table::DroneNames, keys::pair(&drone.cluster, &drone.name));
+                self.txn.delete(Table::Drones, keys::drone(drone_id));
+            }
         }
         Ok(())
     }

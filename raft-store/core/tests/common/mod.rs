@@ -5,14 +5,17 @@
 use holdfast_core::apply::{Applied, Position, apply, apply_blank, apply_membership};
 use holdfast_core::codec::decode;
 use holdfast_core::command::{
-    Acquire, Command, FormCluster, HeartbeatItem, Idempotency, Proposal, RegisterDrone, Spawn, Stamp,
-    StateReport,
+    Acquire, Command, FormCluster, FromDrone, HeartbeatItem, Idempotency, Proposal, RegisterDrone,
+    ReportStates, Spawn, Stamp, StateReport,
 };
 use holdfast_core::kv::{MemState, Table, Txn, Writes, keys};
+use holdfast_core::listing::{Differences, Listing};
 use holdfast_core::records::{
-    ActionRecord, BackendRecord, DroneRecord, IdempotencyRecord, KeyRecord, PendingAction, ProgressRecord,
+    ActionRecord, BackendRecord, DroneRecord, IdempotencyRecord, KeyRecord, PendingAction, Presence,
+    ProgressRecord,
 };
 use holdfast_core::view::View;
+use holdfast_wire::drone::ListedBackend;
 use holdfast_wire::{
     BackendState, BackendStatus, KeyConfig, LeaseConfig, TerminationKind, TerminationReason,
 };
@@ -112,12 +115,27 @@ pub fn acquire(key: KeyConfig, spawn: Option<Spawn>) -> Command {
     Command::Acquire(Box::new(Acquire { key, spawn }))
 }
 
+/// A session of a drone of Plane's, from nowhere that is known.
 pub fn register(name: &str, incarnation: &str, session: &str, take_over: bool) -> Command {
+    register_from(name, incarnation, session, take_over, None, "")
+}
+
+/// A session, of one of our drones if it gives a data id.
+pub fn register_from(
+    name: &str,
+    incarnation: &str,
+    session: &str,
+    take_over: bool,
+    data_id: Option<&str>,
+    address: &str,
+) -> Command {
     Command::RegisterDrone(RegisterDrone {
         cluster: "c".to_owned(),
         name: name.to_owned(),
         pool: String::new(),
         incarnation: incarnation.to_owned(),
+        data_id: data_id.map(str::to_owned),
+        address: address.to_owned(),
         session: session.to_owned(),
         controller: 1,
         take_over,
@@ -131,10 +149,38 @@ pub fn heartbeat(drone_id: i32, session: &str, local_time_ms: i64) -> HeartbeatI
 }
 
 pub fn report(drone_id: i32, backend_id: &str, state: BackendState, token: Option<u64>) -> Command {
-    Command::ReportStates {
+    report_from(drone_id, None, backend_id, state, token)
+}
+
+pub fn report_from(
+    drone_id: i32,
+    data_id: Option<&str>,
+    backend_id: &str,
+    state: BackendState,
+    token: Option<u64>,
+) -> Command {
+    Command::ReportStates(ReportStates {
         drone_id,
+        data_id: data_id.map(str::to_owned),
         reports: vec![StateReport { backend_id: backend_id.to_owned(), state, token }],
-    }
+    })
+}
+
+/// A complete list of a drone's session, as the controller that has it compares it with the state.
+pub fn list(view: &View<&MemState>, drone_id: i32, backends: &[ListedBackend]) -> Differences {
+    let drone = view.drone(drone_id).unwrap().unwrap();
+    let mut listing = Listing::begin(view, drone_id, &drone).unwrap();
+    listing.page(view, backends).unwrap();
+    listing.finish()
+}
+
+/// The entries of a list.
+pub fn listed(differences: &Differences) -> Command {
+    Command::Together(differences.entries.iter().cloned().map(FromDrone::Listed).collect())
+}
+
+pub fn listed_backend(backend: &str, status: Option<BackendStatus>) -> ListedBackend {
+    ListedBackend { backend: backend.to_owned(), token: None, state: status.map(state_of) }
 }
 
 /// Some state with that status.
@@ -196,37 +242,68 @@ pub fn tables_agree(state: &MemState) {
         let backend = &backends[&key.backend_id];
         assert_eq!((backend.token, backend.drone_id), (key.token, key.drone_id));
         assert_eq!(keys::pair(&backend.key.namespace, &backend.key.name), name);
-        assert!(backend.state().status() < BackendStatus::Terminated, "a terminated backend holds no key");
+        assert!(
+            backend.state().status() < BackendStatus::Terminated
+                || backend.spawn_repeated && backend.presence == Presence::Leaving,
+            "a terminated backend holds no key unless its spawn was sent twice"
+        );
     }
     assert_eq!(table(Table::KeyExpiry).len(), filed.len());
     assert_eq!(progress.keys_held, filed.len() as u64);
 
     // Live backends hold their keys and are counted by their drones; the others are filed to be swept.
     let mut live: BTreeMap<i32, u64> = BTreeMap::new();
-    let mut terminated = BTreeSet::new();
+    let mut of_drones = BTreeMap::new();
+    let (mut terminated, mut supplied) = (BTreeSet::new(), BTreeSet::new());
     for (id, backend) in &backends {
+        if backend.id_supplied {
+            assert!(table(Table::SuppliedIds).contains_key(id.as_bytes()), "{id}");
+        }
+        if backend.id_supplied && backend.state().status() < BackendStatus::Terminated {
+            supplied.insert(id.as_bytes());
+        }
         assert!(backend.history.windows(2).all(|w| w[0].1.status() < w[1].1.status() && w[0].0 <= w[1].0));
         let held_by_it = View(state)
             .key(&backend.key.namespace, &backend.key.name)
             .unwrap()
             .is_some_and(|key| key.backend_id == *id);
         if backend.state().status() == BackendStatus::Terminated {
-            assert!(!held_by_it);
+            if held_by_it {
+                continue;
+            }
             terminated.insert(keys::timed(backend.history.last().unwrap().0, id.as_bytes()));
         } else {
             assert!(held_by_it, "the live backend {id} has no key");
             *live.entry(backend.drone_id).or_default() += 1;
+            of_drones.insert(keys::drone_backend(backend.drone_id, id), backend.token.to_be_bytes().to_vec());
         }
     }
+    let filed: BTreeMap<Vec<u8>, Vec<u8>> =
+        table(Table::DroneBackends).iter().map(|(key, token)| (key.to_vec(), token.to_vec())).collect();
+    assert_eq!(filed, of_drones);
+    // A supplied id is forgotten after its backend ended, and only then.
+    let forgotten: BTreeSet<&[u8]> =
+        table(Table::SuppliedEnds).into_keys().map(|entry| keys::split_timed(entry).unwrap().1).collect();
+    assert!(forgotten.is_disjoint(&supplied));
+    assert_eq!(table(Table::SuppliedIds).len(), forgotten.len() + supplied.len());
     let filed: BTreeSet<Vec<u8>> = table(Table::Terminated).keys().map(|k| k.to_vec()).collect();
     assert_eq!(filed, terminated);
+    let mut heard = BTreeSet::new();
     for (id, bytes) in table(Table::Drones) {
         let id = keys::split_drone(id).unwrap();
         let drone: DroneRecord = decode(bytes).unwrap();
         assert_eq!(drone.backend_count, live.get(&id).copied().unwrap_or(0), "drone {id}");
         assert_eq!(View(state).drone_by_name(&drone.cluster, &drone.name).unwrap().unwrap().0, id);
         assert!(id <= progress.last_drone_id);
+        if let Some(at_ms) = drone.heard_filed_at_ms {
+            assert!(at_ms <= drone.heard_at_ms());
+            heard.insert(keys::timed(at_ms, &keys::drone(id)));
+        } else {
+            assert!(drone.draining || drone.backend_count > 0, "drone {id} would never be swept");
+        }
     }
+    let filed: BTreeSet<Vec<u8>> = table(Table::DronesHeard).keys().map(|k| k.to_vec()).collect();
+    assert_eq!(filed, heard);
     assert_eq!(table(Table::DroneNames).len(), table(Table::Drones).len());
 
     // What a limit will end is filed under that time, and nothing else is.

@@ -1,6 +1,8 @@
-//! A drone as it should be: it starts what it is told to, once, and ends it at the hard deadline of its own clock.
+//! A drone as it should be. One of ours starts what it is told to, once for each data directory, and ends it at the hard
+//! deadline of its own clock, even when its process is dead. One of Plane's starts a backend again that has ended.
 
 use holdfast_core::command::HeartbeatItem;
+use holdfast_wire::drone::ListedBackend;
 use holdfast_wire::{BackendStatus, LeaseConfig, TerminationKind};
 use std::collections::BTreeMap;
 
@@ -17,26 +19,35 @@ pub struct SimBackend {
     pub status: BackendStatus,
 }
 
-/// See the module. What is in here and outlives a restart is its journal and its guards.
-#[derive(Debug)]
+/// A machine on which a drone runs, or has run. What is in here and outlives a restart is its journal and its guards.
+#[derive(Debug, Clone)]
 pub struct SimDrone {
     pub id: i32,
     pub name: String,
+    /// A drone of Plane's.
+    pub planes: bool,
+    /// Of the data directory; `None` if the machine has it no more, and only guards are left.
+    pub disk: Option<u64>,
+    /// Where its sessions come from.
+    pub address: u64,
     pub alive: bool,
     /// Speed of its clock, in thousandths of real time.
-    rate_permille: u64,
+    pub rate_permille: u64,
     /// Wall clock minus boot time, of this incarnation.
-    wall_ms: i64,
+    pub wall_ms: i64,
     pub incarnation: u64,
     pub session: u64,
     pub backends: BTreeMap<String, SimBackend>,
 }
 
 impl SimDrone {
-    pub fn new(id: i32, rate_permille: u64) -> Self {
+    pub fn new(id: i32, rate_permille: u64, planes: bool) -> Self {
         Self {
             id,
             name: format!("d{id}"),
+            planes,
+            disk: Some(1),
+            address: 1,
             alive: true,
             rate_permille,
             wall_ms: 1_700_000_000_000,
@@ -47,7 +58,23 @@ impl SimDrone {
     }
 
     pub fn incarnation_name(&self) -> String {
-        format!("{}-i{}", self.name, self.incarnation)
+        // Controllers make one for each session of a drone of Plane's.
+        let number = if self.planes { self.session } else { self.incarnation };
+        format!("{}-i{number}", self.name)
+    }
+
+    pub fn data_id(&self) -> Option<String> {
+        self.disk.filter(|_| !self.planes).map(|disk| format!("{}-m{disk}", self.name))
+    }
+
+    /// What a drone of ours lists at registration.
+    pub fn list(&self) -> Vec<ListedBackend> {
+        let listed = |(id, backend): (&String, &SimBackend)| ListedBackend {
+            backend: id.clone(),
+            token: Some(backend.token),
+            state: Some(crate::common::state_of(backend.status)),
+        };
+        self.backends.iter().map(listed).collect()
     }
 
     pub fn session_name(&self) -> String {
@@ -71,10 +98,11 @@ impl SimDrone {
         }
     }
 
-    pub fn restart(&mut self, wall_ms: i64) {
+    /// Its process is started anew, as the `run`th of that name.
+    pub fn restart(&mut self, run: u64, wall_ms: i64) {
         self.alive = true;
-        self.incarnation += 1;
-        self.session += 1;
+        self.incarnation = run;
+        self.session = run;
         self.wall_ms = 1_700_000_000_000 + wall_ms;
     }
 
@@ -88,11 +116,14 @@ impl SimDrone {
         lease: LeaseConfig,
         local_time_ms: i64,
     ) -> Spawned {
-        if self.backends.contains_key(id) {
+        if self.backends.get(id).is_some_and(|backend| backend.running || !self.planes) {
             return Spawned::Known;
         }
         let deadlines = lease.deadlines(local_time_ms);
-        let late = self.local_ms(real_ms) >= deadlines.soft_terminate_at;
+        // A drone of Plane's does not look; what comes so late is outside the fault model.
+        let latest = if self.planes { deadlines.hard_terminate_at } else { deadlines.soft_terminate_at };
+        let late = self.local_ms(real_ms) >= latest;
+        let again = self.backends.contains_key(id);
         self.backends.insert(
             id.to_owned(),
             SimBackend {
@@ -103,12 +134,19 @@ impl SimDrone {
                 status: if late { BackendStatus::Terminated } else { BackendStatus::Loading },
             },
         );
-        if late { Spawned::Late } else { Spawned::Started }
+        match (late, again) {
+            (true, _) => Spawned::Late,
+            (false, true) => Spawned::StartedAgain,
+            (false, false) => Spawned::Started,
+        }
     }
 
     /// An order to end arrives. One for a backend that never came is remembered, so that it won't be started either.
     pub fn terminate(&mut self, real_ms: u64, id: &str, key: usize, token: u64, kind: TerminationKind) {
         let boot_ms = self.boot_ms(real_ms);
+        if self.planes && !self.backends.contains_key(id) {
+            return;
+        }
         let backend = self.backends.entry(id.to_owned()).or_insert(SimBackend {
             key,
             token,
@@ -153,6 +191,8 @@ impl SimDrone {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Spawned {
     Started,
+    /// A second process of a backend that had ended.
+    StartedAgain,
     Known,
     Late,
 }

@@ -23,7 +23,7 @@ fn held(sim: &Sim) -> BTreeMap<usize, KeyRecord> {
 /// At every instant at most one process of a key exists.
 fn invariant_1_exclusion(sim: &Sim) -> Result<(), String> {
     let mut running: BTreeMap<usize, Vec<String>> = BTreeMap::new();
-    for drone in &sim.drones {
+    for drone in sim.drones.iter().chain(&sim.others) {
         for (id, backend) in drone.backends.iter().filter(|(_, backend)| backend.running) {
             running.entry(backend.key).or_default().push(format!("{id} on {} ({backend:?})", drone.name));
         }
@@ -83,9 +83,12 @@ fn invariant_4_no_resurrection(sim: &mut Sim) -> Result<(), String> {
             return Err(format!("invariant 4: {record:?} is held, but the model has {model:?}"));
         }
         // Adopted: a process of an earlier incarnation goes on under its key.
-        let incarnation = drone.incarnation_name();
         let backend = sim.replica.view().backend(&record.backend_id).unwrap().unwrap();
-        if backend.incarnation != incarnation
+        let registered = sim.replica.view().drone(drone.id).unwrap().unwrap();
+        if !drone.planes
+            && backend.token < registered.registered_index
+            && registered.incarnation == drone.incarnation_name()
+            && drone.incarnation > 1
             && drone.backends.get(&record.backend_id).is_some_and(|backend| backend.running)
         {
             sim.stats.adopted += 1;

@@ -13,14 +13,17 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod delivery;
 mod drone;
 mod invariants;
+mod ops;
 mod sim;
 
+use ops::{Faults, Op, Stats};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;
-use sim::{Faults, Op, Sim, Stats};
+use sim::Sim;
 
 fn ops(len: std::ops::Range<usize>) -> impl Strategy<Value = Vec<Op>> {
     let op = prop_oneof![
@@ -37,8 +40,13 @@ fn ops(len: std::ops::Range<usize>) -> impl Strategy<Value = Vec<Op>> {
         5 => (0..KEYS, -2..4i64).prop_map(|(key, offset_ms)| Op::AdvanceToExpiry { key, offset_ms }),
         2 => (0..DRONES, -40_000_000..40_000_000i64)
             .prop_map(|(drone, wall_ms)| Op::Restart { drone, wall_ms }),
+        1 => (0..DRONES, -40_000_000..40_000_000i64)
+            .prop_map(|(drone, wall_ms)| Op::OtherMachine { drone, wall_ms }),
+        1 => (0..DRONES, -40_000_000..40_000_000i64)
+            .prop_map(|(drone, wall_ms)| Op::MoveDisk { drone, wall_ms }),
+        2 => (0..DRONES).prop_map(Op::OldMachineSpeaks),
         1 => (0..DRONES).prop_map(Op::Crash),
-        1 => (0..DRONES).prop_map(Op::Reconnect),
+        2 => (0..DRONES, any::<bool>()).prop_map(|(drone, moved)| Op::Reconnect { drone, moved }),
         1 => (0..DRONES).prop_map(Op::ReportAgain),
         1 => (0..DRONES).prop_map(Op::BackendExits),
         1 => (0..KEYS, any::<bool>()).prop_map(|(key, hard)| Op::Terminate { key, hard }),
@@ -56,6 +64,7 @@ fn ops(len: std::ops::Range<usize>) -> impl Strategy<Value = Vec<Op>> {
 }
 
 const KEYS: usize = 3;
+/// The last one is a drone of Plane's.
 const DRONES: usize = 3;
 
 fn run(ops: &[Op], faults: Faults) -> Result<Stats, String> {
@@ -115,6 +124,15 @@ fn the_runs_reach_what_matters() {
         ("ended at the hard deadline", stats.killed_at_deadline),
         ("started under a key that had another backend", stats.successors),
         ("adopted", stats.adopted),
+        ("lists that took effect", stats.listed),
+        ("spawns handed to another session", stats.sent_again),
+        ("backends left by a list", stats.leaving_by_list),
+        ("ended because they were listed and not held", stats.ended_as_listed),
+        ("ends that were asked for again", stats.asked_again),
+        ("reports of living backends answered by an end", stats.ended_as_reported),
+        ("terminated reports of another disk that freed nothing", stats.foreign_ends),
+        ("terminated reports of Plane's that freed nothing", stats.kept_for_second),
+        ("second processes of Plane's", stats.started_again),
         ("asked to end by a limit or a drain", stats.ended_by_time),
     ] {
         assert!(count >= 20, "only {count} times: {what} ({stats:?})");

@@ -1,12 +1,12 @@
 //! The world around the state machine, and the model of what it must hold.
 
-use crate::common::{Replica, acquire, form, key, plain, register, report, spawn, state_of};
-use crate::drone::{SimDrone, Spawned};
+use crate::common::{Replica, acquire, form, key, plain, spawn};
+use crate::drone::{SimBackend, SimDrone};
+use crate::ops::{Faults, Message, Op, Stats};
 use holdfast_core::clock::ClusterClock;
-use holdfast_core::command::{Command, HeartbeatItem, Proposal, Renew, RenewKey, Sweep};
-use holdfast_core::outcome::{Outcome, Refusal, RenewOutcome};
+use holdfast_core::command::{Command, Proposal, RenewKey, Sweep};
+use holdfast_core::outcome::{Outcome, Refusal};
 use holdfast_core::records::PendingAction;
-use holdfast_core::view::DueAction;
 use holdfast_wire::{BackendStatus, LeaseConfig, TerminationKind, TerminationReason};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,115 +14,6 @@ use std::collections::{BTreeMap, BTreeSet};
 pub const LEASE: LeaseConfig =
     LeaseConfig { renew_ms: 30_000, soft_terminate_ms: 40_000, hard_terminate_ms: 52_000, expiry_ms: 60_000 };
 const RECORDS_KEEP_MS: u64 = 3_600_000;
-
-/// One thing that happens.
-#[derive(Debug, Clone)]
-pub enum Op {
-    Connect {
-        key: usize,
-        tag: u8,
-        first: usize,
-        second: usize,
-    },
-    Heartbeat(usize),
-    Renew(usize),
-    ReadActions(usize),
-    Deliver(proptest::sample::Index),
-    Repeat(proptest::sample::Index),
-    Lose(proptest::sample::Index),
-    /// Everybody says what they have to say, and everything arrives, in order.
-    Settle,
-    Advance(u64),
-    AdvanceToExpiry {
-        key: usize,
-        offset_ms: i64,
-    },
-    Restart {
-        drone: usize,
-        wall_ms: i64,
-    },
-    Crash(usize),
-    Reconnect(usize),
-    ReportAgain(usize),
-    BackendExits(usize),
-    Terminate {
-        key: usize,
-        hard: bool,
-    },
-    AllowRenew {
-        key: usize,
-        allow: bool,
-    },
-    ProposeSweep,
-    EndDue,
-    Drain {
-        drone: usize,
-        deadline_ms: Option<u64>,
-        undo: bool,
-    },
-    Revoke(usize),
-    LeaderChange {
-        outage_ms: u64,
-        rate_permille: u64,
-        boot_ms: u64,
-    },
-}
-
-/// On its way, perhaps for ever.
-#[derive(Debug, Clone)]
-enum Message {
-    Heartbeat(HeartbeatItem),
-    Renew { drone: usize, session: u64, local_time_ms: i64, keys: Vec<RenewKey> },
-    Report { drone: usize, backend_id: String, status: BackendStatus, token: u64 },
-    Ack { drone: usize, action_id: String },
-    Register { drone: usize, incarnation: String, session: String },
-    Sweep(Sweep),
-    Action { drone: usize, session: u64, action: Box<DueAction> },
-    Renewed { drone: usize, session: u64, local_time_ms: i64, backend_ids: Vec<String> },
-}
-
-/// What is wrong with this world on purpose.
-#[derive(Debug, Clone, Copy)]
-pub struct Faults {
-    pub ignore_deadlines: bool,
-    pub drone_rate_permille: Option<u64>,
-    pub leader_rate_permille: Option<u64>,
-}
-
-impl Faults {
-    pub fn none() -> Self {
-        Self { ignore_deadlines: false, drone_rate_permille: None, leader_rate_permille: None }
-    }
-}
-
-macro_rules! stats {
-    ($($name:ident),* $(,)?) => {
-        /// What happened, to see that something did.
-        #[derive(Debug, Clone, Copy, Default)]
-        pub struct Stats { $(pub $name: u64),* }
-        impl Stats {
-            pub fn add(&mut self, other: Stats) { $(self.$name += other.$name;)* }
-        }
-    };
-}
-stats!(
-    acquired,
-    found,
-    leaving,
-    tag_mismatch,
-    no_drone,
-    taken_over,
-    released,
-    swept,
-    renewed,
-    renewals_refused,
-    started,
-    late_spawns,
-    killed_at_deadline,
-    successors,
-    adopted,
-    ended_by_time,
-);
 
 /// A held key, as it must be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -141,7 +32,14 @@ pub struct ModelKey {
 pub struct Sim {
     pub replica: Replica,
     pub real_ms: u64,
+    /// The machines where the drones run.
     pub drones: Vec<SimDrone>,
+    /// Machines that a drone has left.
+    pub others: Vec<SimDrone>,
+    /// Processes and data directories so far.
+    runs: u64,
+    /// Sessions of drones of Plane's and the spawns that were sent on them.
+    sent_once: BTreeSet<(u64, u64)>,
     pub model: BTreeMap<usize, ModelKey>,
     /// Tokens that held a key and no longer do.
     pub gone: BTreeMap<usize, BTreeSet<u64>>,
@@ -152,7 +50,7 @@ pub struct Sim {
     leader_rate_permille: u64,
     leader_boot_ms: u64,
     leaderless_ms: u64,
-    network: Vec<Message>,
+    pub network: Vec<Message>,
     next_backend: u64,
 }
 
@@ -166,7 +64,10 @@ impl Sim {
         let mut sim = Self {
             replica: Replica::default(),
             real_ms: 0,
-            drones: (0..drones).map(|i| SimDrone::new(i as i32 + 1, rate(i))).collect(),
+            drones: (0..drones).map(|i| SimDrone::new(i as i32 + 1, rate(i), i + 1 == drones)).collect(),
+            others: Vec::new(),
+            runs: 1,
+            sent_once: BTreeSet::new(),
             model: BTreeMap::new(),
             gone: BTreeMap::new(),
             stats: Stats::default(),
@@ -183,13 +84,59 @@ impl Sim {
         for drone in 0..drones {
             sim.connect_drone(drone);
         }
-        for message in std::mem::take(&mut sim.network) {
-            sim.deliver(message).unwrap();
+        // Registration, list, and what follows from it.
+        for _ in 0..3 {
+            for message in std::mem::take(&mut sim.network) {
+                sim.deliver(message).unwrap();
+            }
         }
         sim
     }
 
-    fn propose(&mut self, command: Command) -> Outcome {
+    /// The machine that has this session and whose drone lives.
+    pub fn machine(&mut self, drone: usize, session: u64) -> Option<&mut SimDrone> {
+        let id = self.drones[drone].id;
+        let mut all = self.drones.iter_mut().chain(&mut self.others);
+        all.find(|machine| machine.id == id && machine.session == session && machine.alive)
+    }
+
+    fn next_run(&mut self) -> u64 {
+        self.runs += 1;
+        self.runs
+    }
+
+    /// The drone runs on `machine` from now on.
+    fn run_on(&mut self, drone: usize, mut machine: SimDrone, wall_ms: i64) {
+        machine.restart(self.next_run(), wall_ms);
+        let left = std::mem::replace(&mut self.drones[drone], machine);
+        self.others.push(left);
+        self.connect_drone(drone);
+        self.report_again(drone);
+    }
+
+    fn other_machine(&mut self, drone: usize, wall_ms: i64) {
+        let it = &self.drones[drone];
+        let machine = match self.others.iter().position(|other| other.id == it.id && other.disk.is_some()) {
+            Some(at) => self.others.swap_remove(at),
+            None => {
+                let disk = Some(self.runs + 1);
+                SimDrone { backends: BTreeMap::new(), disk, address: self.runs + 1, ..it.clone() }
+            }
+        };
+        self.run_on(drone, machine, wall_ms);
+    }
+
+    fn move_disk(&mut self, drone: usize, wall_ms: i64) {
+        let disk = Some(self.runs + 1);
+        let mut moved = SimDrone { disk, address: self.runs + 1, ..self.drones[drone].clone() };
+        // Nothing runs there. Its journal says what it said.
+        moved.backends.values_mut().for_each(|backend| backend.running = false);
+        let it = &mut self.drones[drone];
+        (it.disk, it.alive) = (None, false);
+        self.run_on(drone, moved, wall_ms);
+    }
+
+    pub fn propose(&mut self, command: Command) -> Outcome {
         let logged_ms = self.replica.progress().cluster_time_ms;
         let boot_ms = self.leader_boot_ms + self.real_ms * self.leader_rate_permille / 1000;
         let stamp = self.clock.stamp(self.term, boot_ms, logged_ms, Some(self.leaderless_ms));
@@ -202,7 +149,7 @@ impl Sim {
     }
 
     /// What the leader's clock says now, applied or not.
-    fn leader_now_ms(&self) -> u64 {
+    pub fn leader_now_ms(&self) -> u64 {
         let boot_ms = self.leader_boot_ms + self.real_ms * self.leader_rate_permille / 1000;
         self.clock.now_ms(self.term, boot_ms).unwrap_or(0).max(self.now_ms())
     }
@@ -219,7 +166,10 @@ impl Sim {
             }
             Op::Repeat(index) if !self.network.is_empty() => {
                 let message = self.network[index.index(self.network.len())].clone();
-                return self.deliver(message);
+                // Within a session the transport repeats nothing, and a drone of Plane's does not look for repeats.
+                if !matches!(message, Message::Action { drone, .. } if self.drones[drone].planes) {
+                    return self.deliver(message);
+                }
             }
             Op::Lose(index) if !self.network.is_empty() => {
                 self.network.remove(index.index(self.network.len()));
@@ -236,16 +186,38 @@ impl Sim {
                 }
             }
             Op::Restart { drone, wall_ms } => {
-                self.drones[*drone].restart(*wall_ms);
+                // A drone of Plane's has no guard: its process lives.
+                if self.drones[*drone].planes {
+                    return Ok(());
+                }
+                let run = self.next_run();
+                self.drones[*drone].restart(run, *wall_ms);
                 self.connect_drone(*drone);
                 self.report_again(*drone);
             }
+            Op::OtherMachine { drone, wall_ms } if !self.drones[*drone].planes => {
+                self.other_machine(*drone, *wall_ms);
+            }
+            Op::MoveDisk { drone, wall_ms } if !self.drones[*drone].planes => {
+                self.move_disk(*drone, *wall_ms)
+            }
+            Op::OtherMachine { .. } | Op::MoveDisk { .. } => {}
+            Op::OldMachineSpeaks(drone) => {
+                let id = self.drones[*drone].id;
+                let old = self.others.iter().filter(|other| other.id == id && other.alive).cloned();
+                for machine in old.collect::<Vec<_>>() {
+                    self.renewals_of(*drone, &machine);
+                    self.reports_of(*drone, &machine);
+                }
+            }
+            Op::Crash(drone) if self.drones[*drone].planes => {}
             Op::Crash(drone) => self.drones[*drone].alive = false,
-            Op::Reconnect(drone) if self.drones[*drone].alive => {
-                self.drones[*drone].session += 1;
+            Op::Reconnect { drone, moved } if self.drones[*drone].alive => {
+                self.drones[*drone].session = self.next_run();
+                self.drones[*drone].address += u64::from(*moved);
                 self.connect_drone(*drone);
             }
-            Op::Reconnect(_) => {}
+            Op::Reconnect { .. } => {}
             Op::ReportAgain(drone) if self.drones[*drone].alive => self.report_again(*drone),
             Op::ReportAgain(_) => {}
             Op::BackendExits(drone) => {
@@ -331,7 +303,7 @@ impl Sim {
         if self.faults.ignore_deadlines {
             return;
         }
-        for drone in &mut self.drones {
+        for drone in self.drones.iter_mut().chain(&mut self.others) {
             self.stats.killed_at_deadline += drone.end_overdue(self.real_ms, LEASE.kill_ms()) as u64;
         }
     }
@@ -403,9 +375,10 @@ impl Sim {
     }
 
     fn connect_drone(&mut self, drone: usize) {
-        let (incarnation, session) =
-            (self.drones[drone].incarnation_name(), self.drones[drone].session_name());
-        self.network.push(Message::Register { drone, incarnation, session });
+        let it = &self.drones[drone];
+        let (incarnation, data_id) = (it.incarnation_name(), it.data_id());
+        let (session, address) = (it.session, it.address);
+        self.network.push(Message::Register { drone, session, incarnation, data_id, address });
     }
 
     fn send_heartbeat(&mut self, drone: usize) {
@@ -415,23 +388,34 @@ impl Sim {
     }
 
     fn send_renewals(&mut self, drone: usize) {
-        let it = &self.drones[drone];
-        if !it.alive {
-            return;
+        if self.drones[drone].alive {
+            let it = self.drones[drone].clone();
+            self.renewals_of(drone, &it);
         }
+    }
+
+    fn renewals_of(&mut self, drone: usize, it: &SimDrone) {
+        let token = |backend: &SimBackend| (!it.planes).then_some(backend.token);
         let keys = it
             .backends
             .iter()
-            .map(|(id, backend)| RenewKey { backend_id: id.clone(), token: Some(backend.token) })
+            .map(|(id, backend)| RenewKey { backend_id: id.clone(), token: token(backend) })
             .collect();
         let (session, local_time_ms) = (it.session, it.local_ms(self.real_ms));
         self.network.push(Message::Renew { drone, session, local_time_ms, keys });
     }
 
     fn report_again(&mut self, drone: usize) {
-        for (id, backend) in &self.drones[drone].backends {
+        let it = self.drones[drone].clone();
+        self.reports_of(drone, &it);
+    }
+
+    fn reports_of(&mut self, drone: usize, it: &SimDrone) {
+        for (id, backend) in &it.backends {
             self.network.push(Message::Report {
                 drone,
+                session: it.session,
+                data_id: it.data_id(),
                 backend_id: id.clone(),
                 status: backend.status,
                 token: backend.token,
@@ -449,7 +433,12 @@ impl Sim {
             return;
         }
         let session = it.session;
-        for action in view.due_actions(it.id, None, self.leader_now_ms(), 100).unwrap() {
+        for action in view.due_actions(it.id, &it.session_name(), None, self.leader_now_ms(), 100).unwrap() {
+            // A session sends a drone of Plane's each spawn once.
+            let is_spawn = matches!(action.record.action, PendingAction::Spawn { .. });
+            if it.planes && is_spawn && !self.sent_once.insert((session, action.index)) {
+                continue;
+            }
             self.network.push(Message::Action { drone, session, action: Box::new(action) });
         }
     }
@@ -462,7 +451,7 @@ impl Sim {
                 self.report_again(drone);
             }
         }
-        for _ in 0..2 {
+        for _ in 0..4 {
             for message in std::mem::take(&mut self.network) {
                 self.deliver(message)?;
             }
@@ -473,115 +462,6 @@ impl Sim {
         for message in std::mem::take(&mut self.network) {
             self.deliver(message)?;
         }
-        Ok(())
-    }
-
-    fn deliver(&mut self, message: Message) -> Result<(), String> {
-        match message {
-            Message::Heartbeat(item) => {
-                self.propose(Command::Heartbeats(vec![item]));
-            }
-            Message::Renew { drone, session, local_time_ms, keys } => {
-                return self.renew(drone, session, local_time_ms, keys);
-            }
-            Message::Report { drone, backend_id, status, token } => {
-                self.propose(report(self.drones[drone].id, &backend_id, state_of(status), Some(token)));
-                let held = self.model.iter().find(|(_, held)| held.backend_id == backend_id);
-                if let Some((&at, held)) = held.filter(|_| status == BackendStatus::Terminated) {
-                    self.stats.released += 1;
-                    self.gone.entry(at).or_default().insert(held.token);
-                    self.model.remove(&at);
-                }
-            }
-            Message::Ack { drone, action_id } => {
-                let drone_id = self.drones[drone].id;
-                self.propose(Command::AckActions { drone_id, action_ids: vec![action_id] });
-            }
-            Message::Register { drone, incarnation, session } => {
-                let name = self.drones[drone].name.clone();
-                self.propose(register(&name, &incarnation, &session, true));
-            }
-            Message::Sweep(sweep) => {
-                self.propose(Command::Sweep(sweep));
-            }
-            Message::Action { drone, session, action } => {
-                if self.drones[drone].alive && self.drones[drone].session == session {
-                    return self.receive(drone, &action);
-                }
-            }
-            Message::Renewed { drone, session, local_time_ms, backend_ids } => {
-                if self.drones[drone].alive && self.drones[drone].session == session {
-                    for id in backend_ids {
-                        self.drones[drone].renewed(&id, LEASE, local_time_ms);
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn renew(
-        &mut self,
-        drone: usize,
-        session: u64,
-        local_time_ms: i64,
-        keys: Vec<RenewKey>,
-    ) -> Result<(), String> {
-        let drone_id = self.drones[drone].id;
-        let outcome = self.propose(Command::Renew(Renew { drone_id, keys: keys.clone() }));
-        let Outcome::Renewed(outcomes) = outcome else { return Err(format!("renewal: {outcome:?}")) };
-        let now_ms = self.now_ms();
-        let mut granted = Vec::new();
-        for (item, outcome) in keys.into_iter().zip(outcomes) {
-            let held = self.model.values_mut().find(|held| {
-                held.backend_id == item.backend_id
-                    && held.drone == drone
-                    && Some(held.token) == item.token
-                    && held.expires_at_ms > now_ms
-            });
-            match (outcome, held) {
-                (RenewOutcome::Renewed, Some(held)) if held.allow_renew => {
-                    self.stats.renewed += 1;
-                    held.expires_at_ms = held.expires_at_ms.max(now_ms + LEASE.expiry_ms);
-                    held.extended_real_ms = self.real_ms;
-                    granted.push(item.backend_id);
-                }
-                (RenewOutcome::Prevented, Some(held)) if !held.allow_renew => {}
-                (RenewOutcome::NotHolder | RenewOutcome::Unknown, None) => self.stats.renewals_refused += 1,
-                (outcome, held) => {
-                    return Err(format!("invariant 4: {item:?} was {outcome:?} with {held:?}"));
-                }
-            }
-        }
-        self.network.push(Message::Renewed { drone, session, local_time_ms, backend_ids: granted });
-        Ok(())
-    }
-
-    fn receive(&mut self, drone: usize, due: &DueAction) -> Result<(), String> {
-        let id = &due.record.backend_id;
-        let key: usize = due.backend.key.name[1..].parse().map_err(|_| "a key that nobody asked for")?;
-        self.network.push(Message::Ack { drone, action_id: due.action_id.clone() });
-        match &due.record.action {
-            PendingAction::Spawn { local_time_ms, lease, token, .. } => {
-                let spawned = self.drones[drone].spawn(self.real_ms, id, key, *token, *lease, *local_time_ms);
-                match spawned {
-                    Spawned::Started => {
-                        self.stats.started += 1;
-                        if self.gone.get(&key).is_some_and(|gone| !gone.is_empty()) {
-                            self.stats.successors += 1;
-                        }
-                    }
-                    Spawned::Late => self.stats.late_spawns += 1,
-                    Spawned::Known => {}
-                }
-            }
-            PendingAction::Terminate { kind, .. } => {
-                self.drones[drone].terminate(self.real_ms, id, key, due.backend.token, *kind);
-            }
-        }
-        let backend = &self.drones[drone].backends[id];
-        let (status, token) = (backend.status, backend.token);
-        self.network.push(Message::Report { drone, backend_id: id.clone(), status, token });
         Ok(())
     }
 }

@@ -7,10 +7,13 @@
 
 use crate::problem::{During, Problem, Result, problem};
 use futures::{FutureExt, SinkExt, StreamExt};
-use holdfast_wire::drone::{ControllerHandshake, DroneHandshake, VersionInfo};
+use holdfast_wire::drone::{
+    BackendsPage, ControllerHandshake, DroneHandshake, ListedBackend, MessageFromDrone, VersionInfo,
+};
+use holdfast_wire::limits::BACKENDS_PER_PAGE_MAX;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt::Write;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -78,6 +81,7 @@ enum Incoming<'a> {
     AckEvent {
         event_id: i64,
     },
+    AckBackends {},
     #[serde(borrow)]
     RenewKeyResponse(RenewedIn<'a>),
     #[serde(borrow)]
@@ -133,6 +137,8 @@ pub struct Drone {
     pub held: HashMap<String, Held>,
     /// What it has counted.
     pub counts: Counts,
+    /// Pages of its list that were not sent yet.
+    pages: VecDeque<Vec<ListedBackend>>,
 }
 
 /// What a drone keeps when its session ends.
@@ -160,7 +166,7 @@ async fn handshake(
         version: VersionInfo::current(),
         name: identity.name.clone(),
         incarnation: Some(identity.incarnation.clone()),
-        data_id: None,
+        data_id: Some(format!("disk of {}", identity.name)),
     };
     let hello = serde_json::to_string(&hello).during("a handshake")?;
     socket.send(Message::Text(hello.into())).await.during("a handshake")?;
@@ -176,6 +182,11 @@ async fn handshake(
             None => return problem("a drone socket ended"),
         }
     }
+}
+
+/// A backend as it is listed: whether it is still being started does not matter.
+fn listed((backend, token): &(String, u64)) -> ListedBackend {
+    ListedBackend { backend: backend.clone(), token: Some(*token), state: None }
 }
 
 impl Drone {
@@ -208,12 +219,33 @@ impl Drone {
             unacked: kept.unacked,
             held: kept.held,
             counts: kept.counts,
+            pages: VecDeque::new(),
         };
         for (sent, _) in drone.unacked.values_mut() {
             // Nothing of the old session counts.
             *sent = drone.start;
         }
-        Ok(drone)
+        let mut pages: Vec<_> = drone
+            .keys()
+            .chunks(BACKENDS_PER_PAGE_MAX)
+            .map(|page| page.iter().map(listed).collect::<Vec<_>>())
+            .collect();
+        if pages.is_empty() {
+            pages.push(Vec::new());
+        }
+        drone.pages = pages.into();
+        match drone.page().await {
+            Ok(()) => Ok(drone),
+            Err(problem) => Err((drone.into_kept(), problem)),
+        }
+    }
+
+    /// Sends the next page of the list of what it holds; the one before was acknowledged.
+    async fn page(&mut self) -> Result<()> {
+        let Some(backends) = self.pages.pop_front() else { return Ok(()) };
+        let page = MessageFromDrone::Backends(BackendsPage { backends, last: self.pages.is_empty() });
+        self.feed(serde_json::to_string(&page).during("a list")?).await?;
+        self.flush().await
     }
 
     /// What outlives the session.
@@ -323,6 +355,10 @@ impl Drone {
                 }
                 Ok(0)
             }
+            Incoming::AckBackends {} => {
+                self.page().await?;
+                Ok(0)
+            }
             Incoming::AckEvent { event_id } => {
                 self.unacked.remove(&event_id);
                 Ok(0)
@@ -414,7 +450,7 @@ impl Drone {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use holdfast_wire::drone::{MessageFromDrone, MessageToDrone, RenewKeysResponse, RenewedKey};
+    use holdfast_wire::drone::{MessageToDrone, RenewKeysResponse, RenewedKey};
 
     #[test]
     fn what_controllers_send_is_understood() {
