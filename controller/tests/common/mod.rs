@@ -44,7 +44,7 @@ pub struct Server {
     pub url: String,
     pub addr: SocketAddr,
     pub store: Store,
-    lease: LeaseConfig,
+    pub lease: LeaseConfig,
     client: reqwest::Client,
     running: Arc<Mutex<Option<Running>>>,
 }

@@ -45,11 +45,12 @@ fn ops(len: std::ops::Range<usize>) -> impl Strategy<Value = Vec<Op>> {
         1 => (0..DRONES, -40_000_000..40_000_000i64)
             .prop_map(|(drone, wall_ms)| Op::MoveDisk { drone, wall_ms }),
         2 => (0..DRONES).prop_map(Op::OldMachineSpeaks),
+        1 => (0..KEYS).prop_map(|key| Op::SecondSending { key }),
         1 => (0..DRONES).prop_map(Op::Crash),
         2 => (0..DRONES, any::<bool>()).prop_map(|(drone, moved)| Op::Reconnect { drone, moved }),
         1 => (0..DRONES).prop_map(Op::ReportAgain),
         1 => (0..DRONES).prop_map(Op::BackendExits),
-        1 => (0..KEYS, any::<bool>()).prop_map(|(key, hard)| Op::Terminate { key, hard }),
+        3 => (0..KEYS, any::<bool>()).prop_map(|(key, hard)| Op::Terminate { key, hard }),
         1 => (0..KEYS, any::<bool>()).prop_map(|(key, allow)| Op::AllowRenew { key, allow }),
         2 => Just(Op::ProposeSweep),
         2 => Just(Op::EndDue),
@@ -106,7 +107,7 @@ fn fixed_runs(count: usize, faults: Faults) -> (Stats, Vec<String>) {
 /// A model that does nothing proves nothing.
 #[test]
 fn the_runs_reach_what_matters() {
-    let (stats, broken) = fixed_runs(400, Faults::none());
+    let (stats, broken) = fixed_runs(600, Faults::none());
     assert!(broken.is_empty(), "{broken:?}");
     println!("{stats:?}");
     for (what, count) in [

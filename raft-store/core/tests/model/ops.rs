@@ -45,6 +45,11 @@ pub enum Op {
     },
     /// What runs on the machines that a drone has left says on its old session what it has to say.
     OldMachineSpeaks(usize),
+    /// The last drone, one of Plane's, gets a spawn whose acknowledgement is lost; the backend ends; the drone comes back
+    /// and gets the spawn again before anything of the first process was heard.
+    SecondSending {
+        key: usize,
+    },
     Crash(usize),
     Reconnect {
         drone: usize,

@@ -136,6 +136,42 @@ impl Sim {
         self.run_on(drone, moved, wall_ms);
     }
 
+    fn second_sending(&mut self, key: usize) -> Result<(), String> {
+        let drone = self.drones.len() - 1;
+        let heartbeat = self.drones[drone].heartbeat(self.real_ms);
+        self.propose(Command::Heartbeats(vec![heartbeat]));
+        self.connect(key, 0, [drone, drone])?;
+        self.receive_actions(drone)?;
+        let is_of_it = |message: &Message| match message {
+            Message::Ack { drone: of, .. } | Message::Report { drone: of, .. } => *of == drone,
+            _ => false,
+        };
+        self.network.retain(|message| !is_of_it(message));
+        for backend in self.drones[drone].backends.values_mut().filter(|backend| backend.running) {
+            backend.running = false;
+            backend.status = BackendStatus::Terminated;
+        }
+        self.drones[drone].session = self.next_run();
+        self.connect_drone(drone);
+        if let Some(register) = self.network.pop() {
+            self.deliver(register)?;
+        }
+        // On their way from here on.
+        self.report_again(drone);
+        self.receive_actions(drone)
+    }
+
+    /// Everything that is due for a drone is sent and arrives.
+    fn receive_actions(&mut self, drone: usize) -> Result<(), String> {
+        self.read_actions(drone);
+        let is_action =
+            |message: &Message| matches!(message, Message::Action { drone: of, .. } if *of == drone);
+        let (actions, others): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.network).into_iter().partition(is_action);
+        self.network = others;
+        actions.into_iter().try_for_each(|action| self.deliver(action))
+    }
+
     pub fn propose(&mut self, command: Command) -> Outcome {
         let logged_ms = self.replica.progress().cluster_time_ms;
         let boot_ms = self.leader_boot_ms + self.real_ms * self.leader_rate_permille / 1000;
@@ -210,6 +246,7 @@ impl Sim {
                     self.reports_of(*drone, &machine);
                 }
             }
+            Op::SecondSending { key } => return self.second_sending(*key),
             Op::Crash(drone) if self.drones[*drone].planes => {}
             Op::Crash(drone) => self.drones[*drone].alive = false,
             Op::Reconnect { drone, moved } if self.drones[*drone].alive => {
