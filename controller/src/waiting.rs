@@ -39,7 +39,7 @@ pub async fn wait(
         () = ask_until_admitted(settings) => false,
     };
     finish.cancel();
-    // Whoever asked for the init waits for the answer.
+    // The caller of the init waits for the answer.
     if let Ok(served) = tokio::time::timeout(FINISH_DEADLINE, server).await {
         served?;
     }
