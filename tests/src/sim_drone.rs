@@ -183,7 +183,7 @@ impl SpawnSeen {
 }
 
 enum Incoming {
-    Message(MessageToDrone),
+    Message(Box<MessageToDrone>),
     End(SimError),
 }
 
@@ -225,7 +225,7 @@ async fn pump(mut socket: Socket, mut out: mpsc::Receiver<Message>, incoming: mp
                         Ok(message) => message,
                         Err(error) => break SimError::Protocol(format!("{text}: {error}")),
                     };
-                    if incoming.try_send(Incoming::Message(message)).is_err() {
+                    if incoming.try_send(Incoming::Message(Box::new(message))).is_err() {
                         break SimError::Closed { code: None, reason: "the test does not read".into() };
                     }
                 }
@@ -404,7 +404,7 @@ impl SimDrone {
         match timeout_at(end, self.incoming.recv()).await.map_err(|_| SimError::Timeout(what))? {
             Some(Incoming::Message(message)) => {
                 self.disk.received(&message);
-                Ok(message)
+                Ok(*message)
             }
             Some(Incoming::End(end)) => Err(end),
             None => Err(SimError::Closed { code: None, reason: "the session is over".into() }),

@@ -51,7 +51,7 @@ pub enum Done {
 /// A page of a drone's list that was taken.
 pub enum Paged {
     /// More pages follow.
-    More(Listing),
+    More(Box<Listing>),
     /// It was the last one, and the list took effect. These backends hold no key.
     Complete(Vec<String>),
 }
@@ -219,7 +219,7 @@ pub fn page(
             .unwrap_or_else(|error| Err(PageError::State(StateError::Read(format!("a list: {error}")))));
         let listing = match compared {
             Ok(listing) if is_last => listing,
-            other => return Done::Paged(other.map(Paged::More)),
+            other => return Done::Paged(other.map(|listing| Paged::More(Box::new(listing)))),
         };
         let differences = listing.finish();
         for entry in differences.entries {

@@ -34,7 +34,7 @@ impl Session {
 
     pub(super) fn paged(&mut self, paged: Result<Paged, PageError>) -> Result<(), End> {
         match paged {
-            Ok(Paged::More(listing)) => self.listing = Some(listing),
+            Ok(Paged::More(listing)) => self.listing = Some(*listing),
             Ok(Paged::Complete(not_held)) => {
                 self.is_listed = true;
                 if !not_held.is_empty() {
