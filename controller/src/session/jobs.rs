@@ -40,7 +40,7 @@ pub enum Done {
     /// See [`record`].
     Recorded {
         /// What is said once it is recorded.
-        message: MessageToDrone,
+        message: Box<MessageToDrone>,
         /// What became of it.
         answer: Result<Outcome, ProposeError>,
     },
@@ -185,6 +185,7 @@ pub fn acknowledge(app: App, drone_id: i32, action_ids: Vec<String>) -> BoxFutur
 
 /// Records a word of the drone. Repeating is harmless: it is numbered, or the same each time.
 pub fn record(app: App, command: FromDrone, message: MessageToDrone) -> BoxFuture<'static, Done> {
+    let message = Box::new(message);
     async move { Done::Recorded { message, answer: patiently(&app, || command.clone(), true, None).await } }
         .boxed()
 }

@@ -366,7 +366,7 @@ impl Session {
                 self.word.recorded();
                 match answer {
                     Ok(Outcome::Done) => self.send(&message),
-                    Ok(Outcome::Idle(idle)) => self.send(&asking_again(message, idle)),
+                    Ok(Outcome::Idle(idle)) => self.send(&asking_again(*message, idle)),
                     Ok(other) => Err(self.unexpected(&other)),
                     // Without an answer the drone says it again.
                     Err(error) => self.failed("a word of the drone", &error),
